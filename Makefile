@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+#
+# The commands an operator or developer starts from the repository root. Each target does one
+# thing, may be repeated, and leaves no process behind when it is done.
+
+SHELL := /bin/bash
+PY := .venv/bin/python
+PYTEST := $(PY) -m pytest
+export PYTHONPATH := src:.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench lab-up lab-down test-unit test-vm test-ansible test-mutants module clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## install what is missing on this machine (Debian 12; needs root or sudo) and make .venv
+	@tools/setup
+
+demo: setup ## boot two VMs, move a live PostgreSQL there and back, print the evidence
+	$(PY) -m demo
+
+test: setup lint module ## everything: lint, kernel build, unit, VM, molecule and ansible-runner tests
+	$(PYTEST) tests
+
+lint: setup ## check style and types of all that is in the repository
+	tools/lint
+
+module: ## build the kernel modules for this machine's headers, warning-free
+	tools/build-module
+
+test-unit: setup ## unit and property tests only: no guest is booted
+	$(PYTEST) tests/unit
+
+test-vm: setup ## tests on the lab's guests, without Ansible
+	$(PYTEST) tests/vm
+
+test-ansible: setup ## playbooks, molecule and ansible-runner on the lab's guests
+	$(PYTEST) tests/ansible
+
+test-mutants: setup ## sabotage the programs on purpose and show which test notices
+	$(PY) -m tests.mutants
+
+bench: setup ## measure what tracking and shipping cost
+	$(PY) -m tests.bench
+
+lab-up: setup ## boot the two VMs and leave them running
+	$(PY) -m lab up
+
+lab-down: ## stop the VMs and throw their disks away
+	python3 -m lab down
+
+clean: ## remove what was built here (caches of images stay: see python3 -m lab --help)
+	rm -rf build dist artifacts .pytest_cache .mypy_cache .ruff_cache .hypothesis .ansible
+	if [ -f module_src/Makefile ]; then $(MAKE) -C module_src clean; fi
