@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Framing: how one message of the protocol looks on the wire, and how it is taken apart again.
+
+It promises that a frame is either handed out whole and checked (magic, header checksum, limits,
+shape, sequence, epoch, payload checksum, in this order) or that a `FrameError` says what is
+wrong with it. After an error a reader hands out nothing more: a stream that was wrong once is
+never resynchronised, because bytes taken for a header could then land on a device.
+
+It must never allocate by a length that came from the wire, copy a payload, or do I/O. The CRCs
+here guard frames against damage; they say nothing about equality of data (that needs 128 bits).
+The format is described in docs/protocol.md.
+"""
+from __future__ import annotations
+
+import enum
+import struct
+import zlib
+from typing import Iterator, NamedTuple, Optional, Tuple, Union
+
+MAGIC = 0x31474D42  # "BMG1", little-endian
+VERSION = 1
+HEADER = struct.Struct("<IBBHQQQQIIII")
+HEADER_BYTES = 56
+_HEADER_CRC = struct.Struct("<I")
+_EXTENT = struct.Struct("<QQ")
+_CHUNK = struct.Struct("<I")
+
+MAX_PAYLOAD_BYTES = 4 << 20
+MAX_JSON_BYTES = 64 << 10
+MAX_HASH_BYTES = 64 << 20
+"""Longest range of one HASH frame, and largest sum of lengths of one REREAD frame."""
+MIN_HASH_CHUNK_BYTES = 4096
+HASH_DIGEST_BYTES = 16
+EXTENT_DIGEST_BYTES = 32
+FIRST_SEQ = 1
+_MAX_U64 = (1 << 64) - 1
+
+Buffer = Union[bytes, bytearray, memoryview]
+
+
+class FrameType(enum.IntEnum):
+    """What a frame is. The direction is fixed for each, see FROM_SENDER and FROM_RECEIVER."""
+
+    HELLO = 1
+    WELCOME = 2
+    DATA = 3
+    ZERO = 4
+    SYNC = 5
+    ACK = 6
+    HASH = 7
+    HASHES = 8
+    REREAD = 9
+    DIGESTS = 10
+    RESYNC_DONE = 11
+    PING = 12
+    PONG = 13
+    BYE = 14
+    ERROR = 15
+
+
+_BOTH = frozenset({FrameType.RESYNC_DONE, FrameType.PING, FrameType.PONG, FrameType.BYE, FrameType.ERROR})
+FROM_SENDER = _BOTH | {FrameType.HELLO, FrameType.DATA, FrameType.ZERO, FrameType.SYNC, FrameType.HASH,
+                       FrameType.REREAD}
+FROM_RECEIVER = _BOTH | {FrameType.WELCOME, FrameType.ACK, FrameType.HASHES, FrameType.DIGESTS}
+
+_JSON_TYPES = frozenset({FrameType.HELLO, FrameType.WELCOME, FrameType.ERROR})
+_EMPTY_TYPES = frozenset({FrameType.ZERO, FrameType.SYNC, FrameType.ACK, FrameType.RESYNC_DONE, FrameType.PING,
+                          FrameType.PONG, FrameType.BYE})
+
+
+class FrameError(Exception):
+    """The stream broke the protocol. `reason` is a short stable word, the message is for people."""
+
+    reason = "bad_frame"
+
+
+class BadMagicError(FrameError):
+    """These bytes are no frame at all: another program, another version, or noise of a login shell."""
+
+    reason = "bad_magic"
+
+
+class BadHeaderError(FrameError):
+    """The header was damaged, or has a reserved field in use."""
+
+    reason = "bad_header"
+
+
+class BadTypeError(FrameError):
+    """An unknown type, or one that this direction never carries."""
+
+    reason = "bad_type"
+
+
+class BadShapeError(FrameError):
+    """The fields or the length do not belong to this type."""
+
+    reason = "bad_shape"
+
+
+class TooLongError(FrameError):
+    """The announced length is beyond the limit."""
+
+    reason = "too_long"
+
+
+class BadSequenceError(FrameError):
+    """A frame was lost, repeated or put in another order."""
+
+    reason = "bad_sequence"
+
+
+class BadEpochError(FrameError):
+    """The frame belongs to another session."""
+
+    reason = "bad_epoch"
+
+
+class BadPayloadError(FrameError):
+    """The payload does not match its checksum."""
+
+    reason = "bad_payload"
+
+
+class TruncatedError(FrameError):
+    """The stream ended in the middle of a frame."""
+
+    reason = "truncated"
+
+
+class Frame(NamedTuple):
+    """One whole, checked frame. `payload` is valid only until the reader is asked for space again."""
+
+    type: FrameType
+    volume: int
+    epoch: int
+    seq: int
+    offset: int
+    aux: int
+    payload: memoryview
+
+    def extents(self) -> list[tuple[int, int]]:
+        """The (offset, length) pairs in bytes of a REREAD frame."""
+        return list(_EXTENT.iter_unpack(self.payload))
+
+    def chunk_bytes(self) -> int:
+        """The chunk size in bytes of a HASH frame."""
+        value: int = _CHUNK.unpack(self.payload)[0]
+        return value
+
+
+class _Header(NamedTuple):
+    type: FrameType
+    volume: int
+    epoch: int
+    seq: int
+    offset: int
+    aux: int
+    length: int
+    payload_crc32: int
+
+
+def encode_extents(extents: list[tuple[int, int]]) -> bytes:
+    """Payload of a REREAD frame. `extents` are (offset, length) in bytes, relative to the volume."""
+    return b"".join(_EXTENT.pack(offset, length) for offset, length in extents)
+
+
+def encode_chunk(chunk_bytes: int) -> bytes:
+    """Payload of a HASH frame."""
+    return _CHUNK.pack(chunk_bytes)
+
+
+def chunk_count(length: int, chunk_bytes: int) -> int:
+    """How many digests answer a HASH over `length` bytes; the last chunk may be shorter."""
+    return -(-length // chunk_bytes)
+
+
+def encode_header(type_: FrameType, *, volume: int, epoch: int, seq: int, offset: int, aux: int, length: int,
+                  payload_crc32: int) -> bytes:
+    """Pack one header of 56 bytes, its own checksum included."""
+    head = HEADER.pack(MAGIC, int(type_), 0, volume, epoch, seq, offset, aux, length, payload_crc32, 0, 0)
+    return head[:-4] + _HEADER_CRC.pack(zlib.crc32(head[:-4]))
+
+
+def _decode_header(raw: Buffer) -> _Header:
+    (magic, type_, flags, volume, epoch, seq, offset, aux, length, payload_crc32, reserved,
+     header_crc32) = HEADER.unpack(raw)
+    if magic != MAGIC:
+        raise BadMagicError("expected a frame (magic BMG1), got the bytes %r; is something else printing into this "
+                            "stream, or is the peer of another version?" % bytes(raw[:16]))
+    if zlib.crc32(memoryview(raw)[:HEADER_BYTES - 4]) != header_crc32:
+        raise BadHeaderError("the header's checksum is wrong")
+    if flags or reserved:
+        raise BadHeaderError("flags %#x, reserved field %#x: this version knows none" % (flags, reserved))
+    try:
+        known = FrameType(type_)
+    except ValueError:
+        raise BadTypeError("frame type %d is unknown to protocol version %d" % (type_, VERSION)) from None
+    if length > MAX_PAYLOAD_BYTES:
+        raise TooLongError("%s frame announces %d bytes of payload, the limit is %d"
+                           % (known.name, length, MAX_PAYLOAD_BYTES))
+    return _Header(known, volume, epoch, seq, offset, aux, length, payload_crc32)
+
+
+def _check_shape(head: _Header) -> None:
+    """Refuse what can be refused before the payload is read."""
+    name, length = head.type.name, head.length
+    if head.type in _JSON_TYPES:
+        if length > MAX_JSON_BYTES:
+            raise TooLongError("%s frame announces %d bytes, the limit is %d" % (name, length, MAX_JSON_BYTES))
+        if length == 0:
+            raise BadShapeError("%s frame without a payload" % name)
+    elif head.type in _EMPTY_TYPES:
+        if length:
+            raise BadShapeError("%s frame carries %d bytes, expected none" % (name, length))
+        if head.type is FrameType.ZERO and head.aux == 0:
+            raise BadShapeError("ZERO frame over 0 bytes")
+    elif head.type is FrameType.DATA:
+        if length == 0:
+            raise BadShapeError("DATA frame without data")
+        if head.aux:
+            raise BadShapeError("DATA frame with aux=%d, expected 0" % head.aux)
+    elif head.type is FrameType.HASH:
+        if length != _CHUNK.size or not 0 < head.aux <= MAX_HASH_BYTES:
+            raise BadShapeError("HASH frame over %d bytes with a payload of %d: expected 1 to %d bytes and %d"
+                                % (head.aux, length, MAX_HASH_BYTES, _CHUNK.size))
+    elif head.type is FrameType.REREAD:
+        if length == 0 or length % _EXTENT.size:
+            raise BadShapeError("REREAD frame of %d bytes: expected whole extents of %d" % (length, _EXTENT.size))
+    elif head.type is FrameType.HASHES:
+        if length == 0 or length % HASH_DIGEST_BYTES:
+            raise BadShapeError("HASHES frame of %d bytes: expected whole digests of %d"
+                                % (length, HASH_DIGEST_BYTES))
+    elif length == 0 or length % EXTENT_DIGEST_BYTES:
+        raise BadShapeError("DIGESTS frame of %d bytes: expected whole digests of %d" % (length, EXTENT_DIGEST_BYTES))
+    if head.offset + (head.aux if head.type in (FrameType.ZERO, FrameType.HASH) else length) > _MAX_U64:
+        raise BadShapeError("%s frame at offset %d ends beyond 2^64" % (name, head.offset))
+
+
+def _check_payload(frame: Frame) -> None:
+    """Refuse what only the payload shows: a chunk size or a list of extents that would cost without bound."""
+    if frame.type is FrameType.HASH:
+        chunk = frame.chunk_bytes()
+        if not MIN_HASH_CHUNK_BYTES <= chunk <= MAX_PAYLOAD_BYTES or chunk & (chunk - 1):
+            raise BadShapeError("HASH frame with chunks of %d bytes: expected a power of two from %d to %d"
+                                % (chunk, MIN_HASH_CHUNK_BYTES, MAX_PAYLOAD_BYTES))
+    elif frame.type is FrameType.REREAD:
+        total = 0
+        for offset, length in frame.extents():
+            total += length
+            if length == 0 or offset + length > _MAX_U64 or total > MAX_HASH_BYTES:
+                raise BadShapeError("REREAD frame with the extent (%d, %d): lengths must be above 0 and at most %d "
+                                    "bytes together" % (offset, length, MAX_HASH_BYTES))
+
+
+class FrameWriter:
+    """Numbers and encodes the frames of one direction of one session.
+
+    `epoch` is 0 until the session has one; set it when WELCOME is sent or received.
+    """
+
+    def __init__(self, epoch: int = 0) -> None:
+        self.epoch = epoch
+        self.next_seq = FIRST_SEQ
+
+    def encode(self, type_: FrameType, *, volume: int = 0, offset: int = 0, aux: int = 0,
+               payload: Buffer = b"") -> Tuple[bytes, memoryview]:
+        """Encode one frame.
+
+        Args:
+            volume: index of the volume in WELCOME.
+            offset, aux: bytes, or what the type says; see docs/protocol.md.
+            payload: not copied; must not change before it is sent.
+
+        Returns: the header, and a view of the payload; send both, in this order (os.writev).
+        Raises: TooLongError, BadShapeError for a frame that no reader would accept; no number is used up then.
+        """
+        view = memoryview(payload).cast("B")
+        if len(view) > MAX_PAYLOAD_BYTES:
+            raise TooLongError("%s frame with %d bytes of payload, the limit is %d"
+                               % (type_.name, len(view), MAX_PAYLOAD_BYTES))
+        head = _Header(type_, volume, self.epoch, self.next_seq, offset, aux, len(view), zlib.crc32(view))
+        _check_shape(head)
+        _check_payload(Frame(type_, volume, self.epoch, head.seq, offset, aux, view))
+        raw = encode_header(type_, volume=volume, epoch=self.epoch, seq=head.seq, offset=offset, aux=aux,
+                            length=head.length, payload_crc32=head.payload_crc32)
+        self.next_seq += 1
+        return raw, view
+
+
+class FrameReader:
+    """Takes one direction of a stream apart, without copying payloads.
+
+    Use: `n = fd.readinto(reader.space())`, then `frame = reader.filled(n)`; None means "read on".
+    `space()` never asks for more than the rest of the present header or payload, so that a payload
+    always begins at the start of `buffer` (which the caller may have aligned for O_DIRECT).
+    A frame's payload is a view of `buffer` and is valid until `space()` is called again.
+
+    `epoch`: the epoch that every frame must carry, or None while it is not known yet (the sender's
+    side before WELCOME). The receiver begins with 0 and sets it when hold has granted one.
+    `allowed`: the types of this direction, FROM_SENDER or FROM_RECEIVER.
+    """
+
+    def __init__(self, allowed: frozenset[FrameType], *, epoch: Optional[int] = None,
+                 buffer: Optional[memoryview] = None) -> None:
+        self.epoch = epoch
+        self.last_seq = FIRST_SEQ - 1
+        self._allowed = allowed
+        self._buffer = (memoryview(bytearray(MAX_PAYLOAD_BYTES)) if buffer is None else buffer).cast("B")
+        if len(self._buffer) < MAX_PAYLOAD_BYTES or self._buffer.readonly:
+            raise ValueError("the buffer must be writable and hold %d bytes" % MAX_PAYLOAD_BYTES)
+        self._head_raw = memoryview(bytearray(HEADER_BYTES))
+        self._head: Optional[_Header] = None
+        self._have = 0
+        self._error: Optional[FrameError] = None
+
+    @property
+    def in_frame(self) -> bool:
+        """Whether a frame has begun and is not complete."""
+        return self._have > 0 or self._head is not None
+
+    def space(self) -> memoryview:
+        """Where the next bytes of the stream go; never empty."""
+        if self._error is not None:
+            raise self._error
+        if self._head is None:
+            return self._head_raw[self._have:]
+        return self._buffer[self._have:self._head.length]
+
+    def filled(self, count: int) -> Optional[Frame]:
+        """Say that `count` bytes were put at the start of `space()`. Returns a frame once it is whole.
+
+        Raises: FrameError; every later call raises it again. `count` 0 means the end of the stream:
+        TruncatedError in the middle of a frame, None between frames.
+        """
+        if self._error is not None:
+            raise self._error
+        try:
+            return self._advance(count)
+        except FrameError as error:
+            self._error = error
+            raise
+
+    def feed(self, data: Buffer) -> Iterator[Frame]:
+        """Copying form of space() and filled(): yields each frame that `data` completes, before the next is begun."""
+        rest = memoryview(data).cast("B")
+        while len(rest):
+            space = self.space()
+            count = min(len(space), len(rest))
+            space[:count] = rest[:count]
+            rest = rest[count:]
+            frame = self.filled(count)
+            if frame is not None:
+                yield frame
+
+    def _advance(self, count: int) -> Optional[Frame]:
+        if count == 0:
+            if self.in_frame:
+                wanted = HEADER_BYTES if self._head is None else self._head.length
+                raise TruncatedError("the stream ended after %d of %d bytes of a frame's %s"
+                                     % (self._have, wanted, "header" if self._head is None else "payload"))
+            return None
+        self._have += count
+        if self._head is None:
+            if self._have < HEADER_BYTES:
+                return None
+            self._head = self._accept_header()
+            self._have = 0
+        if self._have < self._head.length:
+            return None
+        head, self._head, self._have = self._head, None, 0
+        payload = self._buffer[:head.length]
+        if zlib.crc32(payload) != head.payload_crc32:
+            raise BadPayloadError("%s frame %d: the checksum of its %d bytes is wrong"
+                                  % (head.type.name, head.seq, head.length))
+        frame = Frame(head.type, head.volume, head.epoch, head.seq, head.offset, head.aux, payload)
+        _check_payload(frame)
+        self.last_seq = head.seq
+        return frame
+
+    def _accept_header(self) -> _Header:
+        head = _decode_header(self._head_raw)
+        if head.type not in self._allowed:
+            raise BadTypeError("%s frame in a direction that never carries it" % head.type.name)
+        _check_shape(head)
+        if head.seq != self.last_seq + 1:
+            raise BadSequenceError("%s frame has number %d, expected %d" % (head.type.name, head.seq,
+                                                                            self.last_seq + 1))
+        if self.epoch is not None and head.epoch != self.epoch:
+            raise BadEpochError("%s frame of epoch %d in a session of epoch %d" % (head.type.name, head.epoch,
+                                                                                   self.epoch))
+        return head

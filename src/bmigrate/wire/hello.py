@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""HELLO, WELCOME and ERROR: the JSON payloads that open and end a session.
+
+It promises that what it hands out has every field, of the right type and within limits, and that
+anything else is a `HelloError` naming the field. Unknown fields are refused: a peer that says more
+than this version understands is another version. Pure; it must never look at the host it runs on.
+"""
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any, Dict, List, Mapping, Optional, Union
+
+from bmigrate.wire.frames import VERSION, FrameError
+
+MAX_VOLUMES = 16
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,30}\Z")
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}\Z")
+_ID = re.compile(r"[0-9a-f]{8,64}\Z")
+_BOOT_ID = re.compile(r"[0-9a-f-]{32,36}\Z")
+_MAX_U64 = (1 << 64) - 1
+
+
+class HelloError(FrameError):
+    """A JSON payload of the handshake that this version does not understand."""
+
+    reason = "bad_hello"
+
+
+class VersionError(HelloError):
+    """The peer speaks another version of the protocol."""
+
+    reason = "wrong_version"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Which promotion the sender's data belongs to."""
+
+    number: int
+    id: str
+
+
+@dataclass(frozen=True)
+class LastSession:
+    """The last session that one side remembers: `ack` is the number of the last SYNC acknowledged in it."""
+
+    epoch: int
+    session_id: str
+    ack: int
+
+
+@dataclass(frozen=True)
+class HelloVolume:
+    """A volume as the sender has it; sizes in bytes."""
+
+    name: str
+    size_bytes: int
+    logical_block_size: int
+    granule_bytes: int
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What the sender says first. `incarnation` is that of its breqd."""
+
+    workload: str
+    host: str
+    generation: Generation
+    boot_id: str
+    incarnation: str
+    volumes: List[HelloVolume]
+    last_session: Optional[LastSession] = None
+    v: int = VERSION
+
+    def to_dict(self) -> Dict[str, Any]:
+        """The JSON object, as it also travels in hold's `register`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class WelcomeVolume:
+    """A volume as the standby has it; `index` is the number that frames carry. `suspect` is a reason or None."""
+
+    name: str
+    index: int
+    size_bytes: int
+    logical_block_size: int
+    suspect: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """The receiver's answer: the session is open, the fence of `epoch` is durable."""
+
+    epoch: int
+    session_id: str
+    host: str
+    boot_id: str
+    silence_seconds: float
+    volumes: List[WelcomeVolume] = field(default_factory=list)
+    v: int = VERSION
+
+    def to_dict(self) -> Dict[str, Any]:
+        """The JSON object."""
+        return asdict(self)
+
+
+def encode(message: Union[Hello, Welcome, Mapping[str, Any]]) -> bytes:
+    """Payload of a HELLO, WELCOME or ERROR frame (the latter from BmigrateError.to_dict())."""
+    data = message if isinstance(message, Mapping) else message.to_dict()
+    return json.dumps(data, separators=(",", ":"), sort_keys=True).encode()
+
+
+def decode_hello(payload: Union[bytes, memoryview, Mapping[str, Any]]) -> Hello:
+    """Take a HELLO apart (bytes from the wire, or the object that hold was given).
+
+    Raises: VersionError, HelloError.
+    """
+    data = _Fields("HELLO", payload)
+    data.version()
+    generation = data.child("generation")
+    last = data.child("last_session", optional=True)
+    volumes = []
+    for item in data.children("volumes"):
+        volumes.append(HelloVolume(item.text("name", _NAME), item.number("size_bytes", 1),
+                                   item.number("logical_block_size", 512, 65536), item.number("granule_bytes", 512)))
+        item.done()
+    hello = Hello(
+        workload=data.text("workload", _NAME), host=data.text("host", _HOST),
+        generation=Generation(generation.number("number", 1), generation.text("id", _ID)),
+        boot_id=data.text("boot_id", _BOOT_ID), incarnation=data.text("incarnation", _ID), volumes=volumes,
+        last_session=None if last is None else LastSession(
+            last.number("epoch", 1), last.text("session_id", _ID), last.number("ack", 0)))
+    generation.done()
+    if last is not None:
+        last.done()
+    data.done()
+    if len({volume.name for volume in volumes}) != len(volumes):
+        raise HelloError("HELLO: a volume is named twice")
+    return hello
+
+
+def decode_welcome(payload: Union[bytes, memoryview, Mapping[str, Any]]) -> Welcome:
+    """Take a WELCOME apart. Raises: VersionError, HelloError."""
+    data = _Fields("WELCOME", payload)
+    data.version()
+    volumes = []
+    for item in data.children("volumes"):
+        volumes.append(WelcomeVolume(item.text("name", _NAME), item.number("index", 0, MAX_VOLUMES - 1),
+                                     item.number("size_bytes", 1), item.number("logical_block_size", 512, 65536),
+                                     item.text("suspect", None, optional=True)))
+        item.done()
+    welcome = Welcome(epoch=data.number("epoch", 1), session_id=data.text("session_id", _ID),
+                      host=data.text("host", _HOST), boot_id=data.text("boot_id", _BOOT_ID),
+                      silence_seconds=data.seconds("silence_seconds"), volumes=volumes)
+    data.done()
+    if [volume.index for volume in volumes] != list(range(len(volumes))):
+        raise HelloError("WELCOME: the indexes of the volumes are not 0 to %d" % (len(volumes) - 1))
+    return welcome
+
+
+def decode_error(payload: Union[bytes, memoryview]) -> Dict[str, Any]:
+    """The object of an ERROR frame; `code` and `message` are strings. Raises: HelloError."""
+    data = _Fields("ERROR", payload)
+    data.text("code", None)
+    data.text("message", None)
+    return dict(data.all)
+
+
+class _Fields:
+    """One JSON object being taken apart; each getter refuses a wrong type by the field's name."""
+
+    def __init__(self, where: str, payload: Union[bytes, memoryview, Mapping[str, Any]]) -> None:
+        self._where = where
+        if not isinstance(payload, Mapping):
+            try:
+                payload = json.loads(bytes(payload).decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise HelloError("%s is not JSON: %s" % (where, error)) from None
+        if not isinstance(payload, Mapping):
+            raise HelloError("%s is a JSON %s, expected an object" % (where, type(payload).__name__))
+        self.all: Mapping[str, Any] = payload
+        self._left = set(payload)
+
+    def _get(self, name: str, optional: bool = False) -> Any:
+        self._left.discard(name)
+        value = self.all.get(name)
+        if value is None and not optional:
+            raise HelloError("%s: %r is missing" % (self._where, name))
+        return value
+
+    def version(self) -> None:
+        value = self._get("v")
+        if value != VERSION or isinstance(value, bool):
+            raise VersionError("%s: the peer speaks protocol version %r, this host %d; install the same release on "
+                               "both hosts" % (self._where, value, VERSION))
+
+    def text(self, name: str, pattern: Optional[re.Pattern[str]], *, optional: bool = False) -> Any:
+        value = self._get(name, optional)
+        if value is None:
+            return None
+        if not isinstance(value, str) or len(value) > 4096 or (pattern is not None and not pattern.match(value)):
+            raise HelloError("%s: %r has the value %.80r, which is not allowed there" % (self._where, name, value))
+        return value
+
+    def number(self, name: str, low: int, high: int = _MAX_U64) -> int:
+        value = self._get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise HelloError("%s: %r is %.80r, expected a whole number from %d to %d"
+                             % (self._where, name, value, low, high))
+        return value
+
+    def seconds(self, name: str) -> float:
+        value = self._get(name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 86400:
+            raise HelloError("%s: %r is %.80r, expected seconds above 0" % (self._where, name, value))
+        return float(value)
+
+    def child(self, name: str, *, optional: bool = False) -> Any:
+        value = self._get(name, optional)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise HelloError("%s: %r is no object" % (self._where, name))
+        return _Fields("%s.%s" % (self._where, name), value)
+
+    def children(self, name: str) -> List[_Fields]:
+        value = self._get(name)
+        if not isinstance(value, list) or not 1 <= len(value) <= MAX_VOLUMES:
+            raise HelloError("%s: %r must be a list of 1 to %d objects" % (self._where, name, MAX_VOLUMES))
+        out = []
+        for number, item in enumerate(value):
+            if not isinstance(item, Mapping):
+                raise HelloError("%s.%s[%d] is no object" % (self._where, name, number))
+            out.append(_Fields("%s.%s[%d]" % (self._where, name, number), item))
+        return out
+
+    def done(self) -> None:
+        if self._left:
+            raise HelloError("%s: unknown field %r" % (self._where, sorted(map(str, self._left))[0]))
