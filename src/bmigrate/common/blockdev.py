@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The thin edge to Linux block devices: sizes, counters, identity, direct reads, zero-out, caches.
+
+Everything is by open descriptor or sysfs; nothing here decides anything. Offsets and lengths are
+bytes. Regular files are accepted by the read and size functions, so that tests can use them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import mmap
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Union
+
+from bmigrate.common.errors import RefusedError
+
+PathLike = Union[str, Path]
+
+BLKRRPART = 0x125F
+BLKFLSBUF = 0x1261
+BLKSSZGET = 0x1268
+BLKGETSIZE64 = 0x80081272
+BLKZEROOUT = 0x127F
+
+MIB = 1 << 20
+SECTOR = 512
+
+
+def is_block(fd: int) -> bool:
+    """Whether the descriptor is a block device."""
+    return stat.S_ISBLK(os.fstat(fd).st_mode)
+
+
+def size_bytes(fd: int) -> int:
+    """Size of the device (BLKGETSIZE64), or of a regular file."""
+    if not is_block(fd):
+        return os.fstat(fd).st_size
+    buffer = bytearray(8)
+    fcntl.ioctl(fd, BLKGETSIZE64, buffer)
+    return int(struct.unpack("Q", buffer)[0])
+
+
+def logical_block_size(fd: int) -> int:
+    """Logical block size in bytes (BLKSSZGET); 512 for a regular file."""
+    if not is_block(fd):
+        return SECTOR
+    buffer = bytearray(4)
+    fcntl.ioctl(fd, BLKSSZGET, buffer)
+    return int(struct.unpack("i", buffer)[0])
+
+
+def device_number(path: PathLike) -> int:
+    """st_rdev of a block device node, links followed.
+
+    Raises:
+        RefusedError: missing, or not a block device.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as exc:
+        raise RefusedError(
+            f"device {path} does not exist or cannot be read: {exc.strerror}",
+            hint="check 'devices' of the volume in the configuration, and ls -l /dev/disk/by-id",
+            reason="device_missing",
+        ) from exc
+    if not stat.S_ISBLK(status.st_mode):
+        raise RefusedError(f"{path} is not a block device", hint="name a disk, partition or LV", reason="not_block")
+    return status.st_rdev
+
+
+def sysfs_dir(path: PathLike) -> Path:
+    """The sysfs directory of a block device (disk or partition)."""
+    number = device_number(path)
+    return Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+
+
+def disk_dir(path: PathLike) -> Path:
+    """The sysfs directory of the whole disk that a device is, or is a partition of."""
+    directory = sysfs_dir(path)
+    return directory.parent if (directory / "partition").exists() else directory
+
+
+@dataclass(frozen=True)
+class WriteCounters:
+    """What the kernel counted for a device since it appeared (Documentation/block/stat.rst).
+
+    Attributes:
+        writes: completed write requests. sectors_written: their 512-byte sectors.
+        discards: completed discard requests. sectors_discarded: their sectors.
+        counted: False when ``queue/iostats`` is 0 and the numbers say nothing.
+    """
+
+    writes: int
+    sectors_written: int
+    discards: int
+    sectors_discarded: int
+    counted: bool
+
+    @property
+    def untouched(self) -> bool:
+        """True when the kernel counts and has counted no write and no discard."""
+        return self.counted and not (self.writes or self.sectors_written or self.discards or self.sectors_discarded)
+
+    def to_dict(self) -> Dict[str, Any]:
+        """For state files."""
+        return dict(self.__dict__)
+
+    @classmethod
+    def from_dict(cls, fields: Dict[str, Any]) -> WriteCounters:
+        """From a state file."""
+        return cls(**fields)
+
+
+def write_counters(path: PathLike) -> WriteCounters:
+    """Read the write counters of a device. Flush the device first if in-flight writes matter."""
+    directory = sysfs_dir(path)
+    fields = [int(word) for word in (directory / "stat").read_text().split()]
+    fields += [0] * (17 - len(fields))
+    try:
+        counted = (disk_dir(path) / "queue" / "iostats").read_text().strip() != "0"
+    except OSError:
+        counted = False
+    return WriteCounters(fields[4], fields[6], fields[11], fields[13], counted)
+
+
+def boot_id() -> str:
+    """Random id of this boot of the kernel."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def diskseq(path: PathLike) -> Optional[int]:
+    """Sequence number of the disk object (Linux 5.15 on), or None."""
+    try:
+        return int((disk_dir(path) / "diskseq").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _text(path: Path) -> Optional[str]:
+    try:
+        return path.read_text(errors="replace").strip() or None
+    except OSError:
+        return None
+
+
+def identity(path: PathLike) -> Dict[str, Any]:
+    """What tells this device from another one across reboots: size and whatever unique names it has."""
+    directory, disk = sysfs_dir(path), disk_dir(path)
+    result: Dict[str, Any] = {"size_bytes": int(_text(directory / "size") or 0) * SECTOR}
+    for key, candidates in (
+        ("serial", (disk / "serial", disk / "device" / "serial")),
+        ("wwid", (disk / "wwid", disk / "device" / "wwid")),
+        ("dm_uuid", (directory / "dm" / "uuid",)),
+        ("md_uuid", (directory / "md" / "uuid",)),
+        ("partition", (directory / "partition",)),
+        ("start_sector", (directory / "start",)),
+    ):
+        value = next((text for text in map(_text, candidates) if text), None)
+        if value is not None:
+            result[key] = value
+    return result
+
+
+class DirectReader:
+    """Reads a device past the page cache into one aligned, reused buffer.
+
+    Args:
+        fd: opened O_RDONLY or O_RDWR with O_DIRECT.
+        max_bytes: size of the buffer, the longest read.
+
+    A buffered read of a mounted device is stale; never use one to ship data.
+    """
+
+    def __init__(self, fd: int, max_bytes: int) -> None:
+        self.fd = fd
+        self._map = mmap.mmap(-1, max(max_bytes, mmap.PAGESIZE))
+        self._view = memoryview(self._map)
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """``length`` bytes at ``offset``; valid until the next read. Both must be whole logical blocks.
+
+        Raises:
+            OSError: device error, or the device ended early.
+        """
+        view = self._view[:length]
+        done = 0
+        while done < length:
+            got = os.preadv(self.fd, [view[done:]], offset + done)
+            if got <= 0:
+                raise OSError(5, f"device ended at byte {offset + done}, {length - done} bytes early")
+            done += got
+        return view
+
+
+def open_direct(path: PathLike, write: bool = False, exclusive: bool = False) -> int:
+    """Open with O_DIRECT; ``exclusive`` adds O_EXCL, which for block devices means: nobody else's."""
+    flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_DIRECT | os.O_CLOEXEC
+    return os.open(path, flags | (os.O_EXCL if exclusive else 0))
+
+
+def superblock_digest(path: PathLike) -> str:
+    """BLAKE2b-256 over the first and last MiB, read with O_DIRECT: where file systems keep their superblocks."""
+    fd = open_direct(path)
+    try:
+        size = size_bytes(fd)
+        reader = DirectReader(fd, MIB)
+        digest = hashlib.blake2b(digest_size=32)
+        digest.update(reader.read(0, min(MIB, size)))
+        if size > MIB:
+            tail = min(MIB, size - MIB)
+            tail -= tail % logical_block_size(fd)
+            digest.update(reader.read(size - tail, tail))
+        return digest.hexdigest()
+    finally:
+        os.close(fd)
+
+
+def zero_out(fd: int, offset: int, length: int) -> None:
+    """Write zeroes by BLKZEROOUT: the blocks read back as zero; never a discard."""
+    if is_block(fd):
+        fcntl.ioctl(fd, BLKZEROOUT, struct.pack("QQ", offset, length))
+        return
+    zeroes = mmap.mmap(-1, MIB)
+    done = 0
+    while done < length:
+        done += os.pwritev(fd, [memoryview(zeroes)[: min(MIB, length - done)]], offset + done)
+
+
+def flush_buffers(fd: int) -> None:
+    """BLKFLSBUF: write out and drop the device's page cache."""
+    if is_block(fd):
+        fcntl.ioctl(fd, BLKFLSBUF, 0)
+
+
+def reread_partitions(fd: int) -> None:
+    """BLKRRPART: read the partition table again.
+
+    Raises:
+        OSError: EINVAL for a device without partitions, EBUSY when one is in use.
+    """
+    fcntl.ioctl(fd, BLKRRPART, 0)
+
+
+def mounts_of(path: PathLike) -> List[str]:
+    """``PID: MOUNTPOINT`` for each mount of the device in any mount namespace of a live process."""
+    number = device_number(path)
+    wanted = f"{os.major(number)}:{os.minor(number)}"
+    seen_namespaces = set()
+    found = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            namespace = os.readlink(process / "ns" / "mnt")
+            if namespace in seen_namespaces:
+                continue
+            seen_namespaces.add(namespace)
+            lines = (process / "mountinfo").read_text(errors="replace").splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            words = line.split()
+            if len(words) > 4 and words[2] == wanted:
+                found.append(f"{process.name}: {words[4]}")
+    return found
+
+
+def holders(path: PathLike) -> List[str]:
+    """Who uses the device, in words: mounts, devices stacked on it, swap, processes that have it open."""
+    result = [f"mounted at {where.split(': ', 1)[1]} (seen by process {where.split(':')[0]})" for where in mounts_of(path)]
+    directory = sysfs_dir(path)
+    for parent in [directory] + [entry for entry in directory.iterdir() if (entry / "partition").exists()]:
+        stacked = parent / "holders"
+        if stacked.is_dir():
+            result += [f"{parent.name} is part of {entry.name}" for entry in sorted(stacked.iterdir())]
+    number = device_number(path)
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit() or int(process.name) == os.getpid():
+            continue
+        try:
+            for entry in (process / "fd").iterdir():
+                status = os.stat(entry)
+                if stat.S_ISBLK(status.st_mode) and status.st_rdev == number:
+                    command = (process / "comm").read_text().strip()
+                    result.append(f"open in process {process.name} ({command})")
+                    break
+        except OSError:
+            continue
+    return result
