@@ -16,7 +16,7 @@ import os
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Optional, Type, Union
+from typing import Any, Union
 
 from bmigrate.common.errors import DefectError, RefusedError
 
@@ -48,7 +48,7 @@ def make_directory(path: PathLike, mode: int = 0o700) -> None:
         fsync_directory(directory.parent)
 
 
-def replace(path: PathLike, content: Union[str, bytes], mode: int = 0o600) -> None:
+def replace(path: PathLike, content: str | bytes, mode: int = 0o600) -> None:
     """Replace a file atomically and durably.
 
     Raises:
@@ -125,7 +125,7 @@ class Lock:
     def __init__(self, path: PathLike, wait_seconds: float = 30.0) -> None:
         self.path = Path(path)
         self.wait_seconds = wait_seconds
-        self._fd: Optional[int] = None
+        self._fd: int | None = None
 
     def __enter__(self) -> Lock:
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -153,7 +153,7 @@ class Lock:
         return self
 
     def __exit__(
-        self, kind: Optional[Type[BaseException]], value: Optional[BaseException], trace: Optional[TracebackType]
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._fd is not None:
             os.close(self._fd)

@@ -15,7 +15,7 @@ import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Union
 
 from bmigrate.common.errors import RefusedError
 
@@ -106,12 +106,12 @@ class WriteCounters:
         """True when the kernel counts and has counted no write and no discard."""
         return self.counted and not (self.writes or self.sectors_written or self.discards or self.sectors_discarded)
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For state files."""
         return dict(self.__dict__)
 
     @classmethod
-    def from_dict(cls, fields: Dict[str, Any]) -> WriteCounters:
+    def from_dict(cls, fields: dict[str, Any]) -> WriteCounters:
         """From a state file."""
         return cls(**fields)
 
@@ -133,7 +133,7 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def diskseq(path: PathLike) -> Optional[int]:
+def diskseq(path: PathLike) -> int | None:
     """Sequence number of the disk object (Linux 5.15 on), or None."""
     try:
         return int((disk_dir(path) / "diskseq").read_text())
@@ -141,17 +141,17 @@ def diskseq(path: PathLike) -> Optional[int]:
         return None
 
 
-def _text(path: Path) -> Optional[str]:
+def _text(path: Path) -> str | None:
     try:
         return path.read_text(errors="replace").strip() or None
     except OSError:
         return None
 
 
-def identity(path: PathLike) -> Dict[str, Any]:
+def identity(path: PathLike) -> dict[str, Any]:
     """What tells this device from another one across reboots: size and whatever unique names it has."""
     directory, disk = sysfs_dir(path), disk_dir(path)
-    result: Dict[str, Any] = {"size_bytes": int(_text(directory / "size") or 0) * SECTOR}
+    result: dict[str, Any] = {"size_bytes": int(_text(directory / "size") or 0) * SECTOR}
     for key, candidates in (
         ("serial", (disk / "serial", disk / "device" / "serial")),
         ("wwid", (disk / "wwid", disk / "device" / "wwid")),
@@ -246,7 +246,7 @@ def reread_partitions(fd: int) -> None:
     fcntl.ioctl(fd, BLKRRPART, 0)
 
 
-def mounts_of(path: PathLike) -> List[str]:
+def mounts_of(path: PathLike) -> list[str]:
     """``PID: MOUNTPOINT`` for each mount of the device in any mount namespace of a live process."""
     number = device_number(path)
     wanted = f"{os.major(number)}:{os.minor(number)}"
@@ -270,9 +270,11 @@ def mounts_of(path: PathLike) -> List[str]:
     return found
 
 
-def holders(path: PathLike) -> List[str]:
+def holders(path: PathLike) -> list[str]:
     """Who uses the device, in words: mounts, devices stacked on it, swap, processes that have it open."""
-    result = [f"mounted at {where.split(': ', 1)[1]} (seen by process {where.split(':')[0]})" for where in mounts_of(path)]
+    result = [
+        f"mounted at {where.split(': ', 1)[1]} (seen by process {where.split(':')[0]})" for where in mounts_of(path)
+    ]
     directory = sysfs_dir(path)
     for parent in [directory] + [entry for entry in directory.iterdir() if (entry / "partition").exists()]:
         stacked = parent / "holders"

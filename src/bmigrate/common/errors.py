@@ -8,7 +8,7 @@ over sockets, the wire and the machine output (``to_dict`` / ``from_dict``). Not
 from __future__ import annotations
 
 import socket
-from typing import Any, Dict, Optional, Type
+from typing import Any
 
 
 class BmigrateError(Exception):
@@ -29,10 +29,10 @@ class BmigrateError(Exception):
         self,
         message: str,
         *,
-        volume: Optional[str] = None,
-        host: Optional[str] = None,
-        hint: Optional[str] = None,
-        reason: Optional[str] = None,
+        volume: str | None = None,
+        host: str | None = None,
+        hint: str | None = None,
+        reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -41,7 +41,7 @@ class BmigrateError(Exception):
         self.hint = hint
         self.reason = reason
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The machine form: {code, reason, message, volume, host, hint}."""
         return {
             "code": self.code,
@@ -104,7 +104,7 @@ class DefectError(BmigrateError):
     """A bug of ours, or a state that must not be. Exit code 70."""
 
 
-_CLASSES: Dict[str, Type[BmigrateError]] = {
+_CLASSES: dict[str, type[BmigrateError]] = {
     cls.code: cls
     for cls in (UsageError, RefusedError, UnreachableError, SuspectError, PhaseError, RolledBackError, DefectError)
 }
@@ -126,7 +126,7 @@ def exit_code_table() -> str:
     return "exit codes:\n" + "\n".join(f"  {code:>2}  {text}" for code, text in EXIT_CODES)
 
 
-def from_dict(fields: Dict[str, Any]) -> BmigrateError:
+def from_dict(fields: dict[str, Any]) -> BmigrateError:
     """The error that ``to_dict`` described; an unknown code becomes a DefectError.
 
     Args:

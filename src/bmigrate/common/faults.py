@@ -13,10 +13,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from typing import Dict, List, Optional, Tuple
 
-_PLAN: Dict[str, List[Tuple[str, str, int]]] = {}
-_VISITS: Dict[str, int] = {}
+_PLAN: dict[str, list[tuple[str, str, int]]] = {}
+_VISITS: dict[str, int] = {}
 
 
 def configure(text: str) -> None:
@@ -30,7 +29,7 @@ def configure(text: str) -> None:
         _PLAN.setdefault(name, []).append((action, argument, int(nth or 0)))
 
 
-def point(name: str) -> Optional[str]:
+def point(name: str) -> str | None:
     """Visit a fault point; returns ``"corrupt"`` when the caller shall damage its data.
 
     Raises:

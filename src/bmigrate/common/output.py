@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable
 
 from bmigrate.common.errors import BmigrateError, DefectError
 
@@ -21,9 +21,9 @@ def envelope(
     data: Any = None,
     *,
     changed: bool = False,
-    workload: Optional[str] = None,
-    error: Optional[BmigrateError] = None,
-) -> Dict[str, Any]:
+    workload: str | None = None,
+    error: BmigrateError | None = None,
+) -> dict[str, Any]:
     """The one object that a command answers with."""
     return {
         "schema": SCHEMA,
@@ -39,10 +39,10 @@ def emit(
     data: Any = None,
     *,
     changed: bool = False,
-    workload: Optional[str] = None,
-    error: Optional[BmigrateError] = None,
+    workload: str | None = None,
+    error: BmigrateError | None = None,
     as_json: bool = True,
-    text: Optional[str] = None,
+    text: str | None = None,
 ) -> None:
     """Write the answer: JSON to stdout, or the human form ``text`` (errors then go to stderr)."""
     if as_json:
@@ -62,7 +62,7 @@ def progress(text: str) -> None:
     sys.stderr.flush()
 
 
-def run_main(body: Callable[[], int], *, as_json: bool = False, workload: Optional[str] = None) -> int:
+def run_main(body: Callable[[], int], *, as_json: bool = False, workload: str | None = None) -> int:
     """Run a program body; turn errors into the envelope (or a line on stderr) and an exit code.
 
     Args:

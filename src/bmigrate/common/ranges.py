@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Iterable, Iterator, List, Tuple
+from collections.abc import Iterable, Iterator
 
-Range = Tuple[int, int]
+Range = tuple[int, int]
 
 
-def merge(ranges: Iterable[Range]) -> List[Range]:
+def merge(ranges: Iterable[Range]) -> list[Range]:
     """Sorted ranges without overlap or adjacency that cover the same bytes."""
-    result: List[Range] = []
+    result: list[Range] = []
     for offset, length in sorted(ranges):
         if length <= 0:
             continue

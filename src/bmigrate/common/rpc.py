@@ -16,7 +16,7 @@ import socket
 import stat
 import struct
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Union
+from typing import Any, Callable, Union
 
 from bmigrate.common import errors
 from bmigrate.common.errors import BmigrateError, DefectError, RefusedError, UnreachableError, UsageError
@@ -34,7 +34,7 @@ class _Later:
 LATER = _Later()
 
 
-def encode(message: Dict[str, Any]) -> bytes:
+def encode(message: dict[str, Any]) -> bytes:
     """One message as bytes.
 
     Raises:
@@ -52,7 +52,7 @@ class Decoder:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> List[Dict[str, Any]]:
+    def feed(self, data: bytes) -> list[dict[str, Any]]:
         """Add bytes and return the messages that are now complete.
 
         Raises:
@@ -89,7 +89,7 @@ class Client:
         UnreachableError: nobody listens, or no answer in time.
     """
 
-    def __init__(self, path: Union[str, Path], timeout_seconds: Optional[float] = 30.0) -> None:
+    def __init__(self, path: str | Path, timeout_seconds: float | None = 30.0) -> None:
         self.path = Path(path)
         self._next_id = 0
         self._decoder = Decoder()
@@ -102,7 +102,9 @@ class Client:
             raise self._gone(exc) from exc
 
     def _gone(self, why: object) -> UnreachableError:
-        service = {"breqd": "breqd", "hold": "bmigrate-hold", "ship": "bmigrate-ship"}.get(self.path.stem, self.path.stem)
+        service = {"breqd": "breqd", "hold": "bmigrate-hold", "ship": "bmigrate-ship"}.get(
+            self.path.stem, self.path.stem
+        )
         return UnreachableError(
             f"no answer from {self.path.name}: {why}", hint=f"see: systemctl status {service}", reason="daemon_down"
         )
@@ -111,7 +113,7 @@ class Client:
         """The descriptor, to poll for the end of the connection."""
         return self._socket.fileno()
 
-    def call(self, op: str, **fields: Any) -> Dict[str, Any]:
+    def call(self, op: str, **fields: Any) -> dict[str, Any]:
         """One request and its answer.
 
         Raises:
@@ -147,7 +149,7 @@ class Client:
         self.close()
 
 
-def call(path: Union[str, Path], op: str, timeout_seconds: Optional[float] = 30.0, **fields: Any) -> Dict[str, Any]:
+def call(path: str | Path, op: str, timeout_seconds: float | None = 30.0, **fields: Any) -> dict[str, Any]:
     """Connect, call once, close."""
     with Client(path, timeout_seconds) as client:
         return client.call(op, **fields)
@@ -165,18 +167,18 @@ class Connection:
         self.server = server
         self.sock = sock
         self.peer_pid = peer_pid
-        self.on_close: List[Callable[[], None]] = []
+        self.on_close: list[Callable[[], None]] = []
         self.closed = False
         self._decoder = Decoder()
         self._out = bytearray()
 
-    def reply(self, request: Dict[str, Any], fields: Optional[Dict[str, Any]] = None) -> None:
+    def reply(self, request: dict[str, Any], fields: dict[str, Any] | None = None) -> None:
         """Answer a request with success; nothing happens when the client is gone."""
-        answer: Dict[str, Any] = {"v": VERSION, "id": request.get("id"), "ok": True}
+        answer: dict[str, Any] = {"v": VERSION, "id": request.get("id"), "ok": True}
         answer.update(fields or {})
         self._send(answer)
 
-    def fail(self, request: Dict[str, Any], error: BmigrateError) -> None:
+    def fail(self, request: dict[str, Any], error: BmigrateError) -> None:
         """Answer a request with an error; nothing happens when the client is gone."""
         self._send({"v": VERSION, "id": request.get("id"), "ok": False, "error": error.to_dict()})
 
@@ -190,7 +192,7 @@ class Connection:
             callback()
         self.on_close.clear()
 
-    def _send(self, message: Dict[str, Any]) -> None:
+    def _send(self, message: dict[str, Any]) -> None:
         if self.closed:
             return
         self._out += encode(message)
@@ -233,7 +235,7 @@ class Connection:
             self.server.dispatch(self, request)
 
 
-Handler = Callable[[Connection, Dict[str, Any]], Union[Dict[str, Any], _Later, None]]
+Handler = Callable[[Connection, dict[str, Any]], Union[dict[str, Any], _Later, None]]
 
 
 class Server:
@@ -250,13 +252,11 @@ class Server:
         mode: permissions of the socket.
     """
 
-    def __init__(
-        self, path: Union[str, Path], handler: Handler, selector: selectors.BaseSelector, mode: int = 0o600
-    ) -> None:
+    def __init__(self, path: str | Path, handler: Handler, selector: selectors.BaseSelector, mode: int = 0o600) -> None:
         self.path = Path(path)
         self.handler = handler
         self.selector = selector
-        self.connections: List[Connection] = []
+        self.connections: list[Connection] = []
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
         try:
             if stat.S_ISSOCK(os.lstat(self.path).st_mode):
@@ -300,7 +300,7 @@ class Server:
         self.connections.remove(connection)
         connection.sock.close()
 
-    def dispatch(self, connection: Connection, request: Dict[str, Any]) -> None:
+    def dispatch(self, connection: Connection, request: dict[str, Any]) -> None:
         """Run the handler for one request and answer it."""
         if request.get("v") != VERSION:
             connection.fail(request, UsageError(f"protocol version {request.get('v')} is not {VERSION}"))

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any
 
 from bmigrate.common import atomic, faults, paths
 from bmigrate.common.errors import DefectError, RefusedError
@@ -46,17 +47,17 @@ class WorkloadState:
     workload: str
     host: str
     role: str = "none"
-    generation: Optional[Dict[str, Any]] = None
-    history: List[Dict[str, Any]] = field(default_factory=list)
-    abandoned: List[Dict[str, Any]] = field(default_factory=list)
-    demoted: Optional[Dict[str, Any]] = None
-    candidate: Optional[Dict[str, Any]] = None
-    handover: Optional[Dict[str, Any]] = None
-    last_handover: Optional[Dict[str, Any]] = None
+    generation: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    abandoned: list[dict[str, Any]] = field(default_factory=list)
+    demoted: dict[str, Any] | None = None
+    candidate: dict[str, Any] | None = None
+    handover: dict[str, Any] | None = None
+    last_handover: dict[str, Any] | None = None
     shipping: bool = False
     schema: int = SCHEMA
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         return asdict(self)
 
@@ -66,7 +67,7 @@ def state_file(workload: str) -> Path:
     return paths.state_dir(workload) / "state.json"
 
 
-def load(workload: str) -> Optional[WorkloadState]:
+def load(workload: str) -> WorkloadState | None:
     """The state, or None when this host has none for the workload.
 
     Raises:
@@ -85,7 +86,7 @@ def load(workload: str) -> Optional[WorkloadState]:
     return WorkloadState(**known)
 
 
-def load_all() -> List[WorkloadState]:
+def load_all() -> list[WorkloadState]:
     """The states of all workloads on this host."""
     root = paths.state()
     if not root.is_dir():
@@ -102,7 +103,7 @@ def save(item: WorkloadState) -> None:
 
 
 @contextlib.contextmanager
-def locked(workload: str, host: Optional[str] = None, wait_seconds: float = 30.0) -> Iterator[WorkloadState]:
+def locked(workload: str, host: str | None = None, wait_seconds: float = 30.0) -> Iterator[WorkloadState]:
     """Hold the workload's lock; save what the block changed when it ends without an error.
 
     Inside a long block call ``save`` at each point that must be durable before the next action.

@@ -10,12 +10,11 @@ from __future__ import annotations
 import array
 import os
 import socket
-from typing import Dict, List, Optional
 
 FIRST_FD = 3
 
 
-def _send(text: str, fds: Optional[List[int]] = None) -> bool:
+def _send(text: str, fds: list[int] | None = None) -> bool:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return False
@@ -34,7 +33,7 @@ def notify(text: str) -> bool:
     return _send(text)
 
 
-def watchdog_interval() -> Optional[float]:
+def watchdog_interval() -> float | None:
     """Seconds between two ``WATCHDOG=1`` (half of the limit), or None when there is no watchdog."""
     if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
@@ -56,12 +55,12 @@ def remove_fd(name: str) -> bool:
     return _send(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
 
-def listen_fds() -> Dict[str, int]:
+def listen_fds() -> dict[str, int]:
     """The descriptors that the service manager passed to this start, by name; close-on-exec set."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    result: Dict[str, int] = {}
+    result: dict[str, int] = {}
     for index in range(int(os.environ.get("LISTEN_FDS", "0"))):
         fd = FIRST_FD + index
         os.set_inheritable(fd, False)
