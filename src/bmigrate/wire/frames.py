@@ -186,19 +186,19 @@ def _decode_header(raw: Buffer) -> _Header:
     (magic, type_, flags, volume, epoch, seq, offset, aux, length, payload_crc32, reserved,
      header_crc32) = HEADER.unpack(raw)
     if magic != MAGIC:
-        raise BadMagicError("expected a frame (magic BMG1), got the bytes %r; is something else printing into this "
-                            "stream, or is the peer of another version?" % bytes(raw[:16]))
+        raise BadMagicError(f"expected a frame (magic BMG1), got the bytes {bytes(raw[:16])!r}; is something else "
+                            "printing into this stream, or is the peer of another version?")
     if zlib.crc32(memoryview(raw)[:HEADER_BYTES - 4]) != header_crc32:
         raise BadHeaderError("the header's checksum is wrong")
     if flags or reserved:
-        raise BadHeaderError("flags %#x, reserved field %#x: this version knows none" % (flags, reserved))
+        raise BadHeaderError(f"flags {flags:#x}, reserved field {reserved:#x}: this version knows none")
     try:
         known = FrameType(type_)
     except ValueError:
-        raise BadTypeError("frame type %d is unknown to protocol version %d" % (type_, VERSION)) from None
+        raise BadTypeError(f"frame type {type_} is unknown to protocol version {VERSION}") from None
     if length > MAX_PAYLOAD_BYTES:
-        raise TooLongError("%s frame announces %d bytes of payload, the limit is %d"
-                           % (known.name, length, MAX_PAYLOAD_BYTES))
+        raise TooLongError(f"{known.name} frame announces {length} bytes of payload, the limit is "
+                           f"{MAX_PAYLOAD_BYTES}")
     return _Header(known, volume, epoch, seq, offset, aux, length, payload_crc32)
 
 
@@ -207,34 +207,33 @@ def _check_shape(head: _Header) -> None:
     name, length = head.type.name, head.length
     if head.type in _JSON_TYPES:
         if length > MAX_JSON_BYTES:
-            raise TooLongError("%s frame announces %d bytes, the limit is %d" % (name, length, MAX_JSON_BYTES))
+            raise TooLongError(f"{name} frame announces {length} bytes, the limit is {MAX_JSON_BYTES}")
         if length == 0:
-            raise BadShapeError("%s frame without a payload" % name)
+            raise BadShapeError(f"{name} frame without a payload")
     elif head.type in _EMPTY_TYPES:
         if length:
-            raise BadShapeError("%s frame carries %d bytes, expected none" % (name, length))
+            raise BadShapeError(f"{name} frame carries {length} bytes, expected none")
         if head.type is FrameType.ZERO and head.aux == 0:
             raise BadShapeError("ZERO frame over 0 bytes")
     elif head.type is FrameType.DATA:
         if length == 0:
             raise BadShapeError("DATA frame without data")
         if head.aux:
-            raise BadShapeError("DATA frame with aux=%d, expected 0" % head.aux)
+            raise BadShapeError(f"DATA frame with aux={head.aux}, expected 0")
     elif head.type is FrameType.HASH:
         if length != _CHUNK.size or not 0 < head.aux <= MAX_HASH_BYTES:
-            raise BadShapeError("HASH frame over %d bytes with a payload of %d: expected 1 to %d bytes and %d"
-                                % (head.aux, length, MAX_HASH_BYTES, _CHUNK.size))
+            raise BadShapeError(f"HASH frame over {head.aux} bytes with a payload of {length}: expected 1 to "
+                                f"{MAX_HASH_BYTES} bytes and {_CHUNK.size}")
     elif head.type is FrameType.REREAD:
         if length == 0 or length % _EXTENT.size:
-            raise BadShapeError("REREAD frame of %d bytes: expected whole extents of %d" % (length, _EXTENT.size))
+            raise BadShapeError(f"REREAD frame of {length} bytes: expected whole extents of {_EXTENT.size}")
     elif head.type is FrameType.HASHES:
         if length == 0 or length % HASH_DIGEST_BYTES:
-            raise BadShapeError("HASHES frame of %d bytes: expected whole digests of %d"
-                                % (length, HASH_DIGEST_BYTES))
+            raise BadShapeError(f"HASHES frame of {length} bytes: expected whole digests of {HASH_DIGEST_BYTES}")
     elif length == 0 or length % EXTENT_DIGEST_BYTES:
-        raise BadShapeError("DIGESTS frame of %d bytes: expected whole digests of %d" % (length, EXTENT_DIGEST_BYTES))
+        raise BadShapeError(f"DIGESTS frame of {length} bytes: expected whole digests of {EXTENT_DIGEST_BYTES}")
     if head.offset + (head.aux if head.type in (FrameType.ZERO, FrameType.HASH) else length) > _MAX_U64:
-        raise BadShapeError("%s frame at offset %d ends beyond 2^64" % (name, head.offset))
+        raise BadShapeError(f"{name} frame at offset {head.offset} ends beyond 2^64")
 
 
 def _check_payload(frame: Frame) -> None:
@@ -242,15 +241,15 @@ def _check_payload(frame: Frame) -> None:
     if frame.type is FrameType.HASH:
         chunk = frame.chunk_bytes()
         if not MIN_HASH_CHUNK_BYTES <= chunk <= MAX_PAYLOAD_BYTES or chunk & (chunk - 1):
-            raise BadShapeError("HASH frame with chunks of %d bytes: expected a power of two from %d to %d"
-                                % (chunk, MIN_HASH_CHUNK_BYTES, MAX_PAYLOAD_BYTES))
+            raise BadShapeError(f"HASH frame with chunks of {chunk} bytes: expected a power of two from "
+                                f"{MIN_HASH_CHUNK_BYTES} to {MAX_PAYLOAD_BYTES}")
     elif frame.type is FrameType.REREAD:
         total = 0
         for offset, length in frame.extents():
             total += length
             if length == 0 or offset + length > _MAX_U64 or total > MAX_HASH_BYTES:
-                raise BadShapeError("REREAD frame with the extent (%d, %d): lengths must be above 0 and at most %d "
-                                    "bytes together" % (offset, length, MAX_HASH_BYTES))
+                raise BadShapeError(f"REREAD frame with the extent ({offset}, {length}): lengths must be above 0 "
+                                    f"and at most {MAX_HASH_BYTES} bytes together")
 
 
 class FrameWriter:
@@ -277,8 +276,8 @@ class FrameWriter:
         """
         view = memoryview(payload).cast("B")
         if len(view) > MAX_PAYLOAD_BYTES:
-            raise TooLongError("%s frame with %d bytes of payload, the limit is %d"
-                               % (type_.name, len(view), MAX_PAYLOAD_BYTES))
+            raise TooLongError(f"{type_.name} frame with {len(view)} bytes of payload, the limit is "
+                               f"{MAX_PAYLOAD_BYTES}")
         head = _Header(type_, volume, self.epoch, self.next_seq, offset, aux, len(view), zlib.crc32(view))
         _check_shape(head)
         _check_payload(Frame(type_, volume, self.epoch, head.seq, offset, aux, view))
@@ -308,7 +307,7 @@ class FrameReader:
         self._allowed = allowed
         self._buffer = (memoryview(bytearray(MAX_PAYLOAD_BYTES)) if buffer is None else buffer).cast("B")
         if len(self._buffer) < MAX_PAYLOAD_BYTES or self._buffer.readonly:
-            raise ValueError("the buffer must be writable and hold %d bytes" % MAX_PAYLOAD_BYTES)
+            raise ValueError(f"the buffer must be writable and hold {MAX_PAYLOAD_BYTES} bytes")
         self._head_raw = memoryview(bytearray(HEADER_BYTES))
         self._head: Optional[_Header] = None
         self._have = 0
@@ -357,8 +356,8 @@ class FrameReader:
         if count == 0:
             if self.in_frame:
                 wanted = HEADER_BYTES if self._head is None else self._head.length
-                raise TruncatedError("the stream ended after %d of %d bytes of a frame's %s"
-                                     % (self._have, wanted, "header" if self._head is None else "payload"))
+                raise TruncatedError(f"the stream ended after {self._have} of {wanted} bytes of a frame's "
+                                     f"{'header' if self._head is None else 'payload'}")
             return None
         self._have += count
         if self._head is None:
@@ -371,8 +370,8 @@ class FrameReader:
         head, self._head, self._have = self._head, None, 0
         payload = self._buffer[:head.length]
         if zlib.crc32(payload) != head.payload_crc32:
-            raise BadPayloadError("%s frame %d: the checksum of its %d bytes is wrong"
-                                  % (head.type.name, head.seq, head.length))
+            raise BadPayloadError(f"{head.type.name} frame {head.seq}: the checksum of its {head.length} bytes is "
+                                  "wrong")
         frame = Frame(head.type, head.volume, head.epoch, head.seq, head.offset, head.aux, payload)
         _check_payload(frame)
         self.last_seq = head.seq
@@ -381,12 +380,10 @@ class FrameReader:
     def _accept_header(self) -> _Header:
         head = _decode_header(self._head_raw)
         if head.type not in self._allowed:
-            raise BadTypeError("%s frame in a direction that never carries it" % head.type.name)
+            raise BadTypeError(f"{head.type.name} frame in a direction that never carries it")
         _check_shape(head)
         if head.seq != self.last_seq + 1:
-            raise BadSequenceError("%s frame has number %d, expected %d" % (head.type.name, head.seq,
-                                                                            self.last_seq + 1))
+            raise BadSequenceError(f"{head.type.name} frame has number {head.seq}, expected {self.last_seq + 1}")
         if self.epoch is not None and head.epoch != self.epoch:
-            raise BadEpochError("%s frame of epoch %d in a session of epoch %d" % (head.type.name, head.epoch,
-                                                                                   self.epoch))
+            raise BadEpochError(f"{head.type.name} frame of epoch {head.epoch} in a session of epoch {self.epoch}")
         return head

@@ -157,7 +157,7 @@ def decode_welcome(payload: Union[bytes, memoryview, Mapping[str, Any]]) -> Welc
                       silence_seconds=data.seconds("silence_seconds"), volumes=volumes)
     data.done()
     if [volume.index for volume in volumes] != list(range(len(volumes))):
-        raise HelloError("WELCOME: the indexes of the volumes are not 0 to %d" % (len(volumes) - 1))
+        raise HelloError(f"WELCOME: the indexes of the volumes are not 0 to {len(volumes) - 1}")
     return welcome
 
 
@@ -178,9 +178,9 @@ class _Fields:
             try:
                 payload = json.loads(bytes(payload).decode("utf-8"))
             except (ValueError, RecursionError) as error:
-                raise HelloError("%s is not JSON: %s" % (where, error)) from None
+                raise HelloError(f"{where} is not JSON: {error}") from None
         if not isinstance(payload, Mapping):
-            raise HelloError("%s is a JSON %s, expected an object" % (where, type(payload).__name__))
+            raise HelloError(f"{where} is a JSON {type(payload).__name__}, expected an object")
         self.all: Mapping[str, Any] = payload
         self._left = set(payload)
 
@@ -188,34 +188,34 @@ class _Fields:
         self._left.discard(name)
         value = self.all.get(name)
         if value is None and not optional:
-            raise HelloError("%s: %r is missing" % (self._where, name))
+            raise HelloError(f"{self._where}: {name!r} is missing")
         return value
 
     def version(self) -> None:
         value = self._get("v")
         if value != VERSION or isinstance(value, bool):
-            raise VersionError("%s: the peer speaks protocol version %r, this host %d; install the same release on "
-                               "both hosts" % (self._where, value, VERSION))
+            raise VersionError(f"{self._where}: the peer speaks protocol version {value!r}, this host {VERSION}; "
+                               "install the same release on both hosts")
 
     def text(self, name: str, pattern: Optional[re.Pattern[str]], *, optional: bool = False) -> Any:
         value = self._get(name, optional)
         if value is None:
             return None
         if not isinstance(value, str) or len(value) > 4096 or (pattern is not None and not pattern.match(value)):
-            raise HelloError("%s: %r has the value %.80r, which is not allowed there" % (self._where, name, value))
+            raise HelloError(f"{self._where}: {name!r} has the value {value!r:.80}, which is not allowed there")
         return value
 
     def number(self, name: str, low: int, high: int = _MAX_U64) -> int:
         value = self._get(name)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise HelloError("%s: %r is %.80r, expected a whole number from %d to %d"
-                             % (self._where, name, value, low, high))
+            raise HelloError(f"{self._where}: {name!r} is {value!r:.80}, expected a whole number from {low} to "
+                             f"{high}")
         return value
 
     def seconds(self, name: str) -> float:
         value = self._get(name)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 86400:
-            raise HelloError("%s: %r is %.80r, expected seconds above 0" % (self._where, name, value))
+            raise HelloError(f"{self._where}: {name!r} is {value!r:.80}, expected seconds above 0")
         return float(value)
 
     def child(self, name: str, *, optional: bool = False) -> Any:
@@ -223,20 +223,20 @@ class _Fields:
         if value is None:
             return None
         if not isinstance(value, Mapping):
-            raise HelloError("%s: %r is no object" % (self._where, name))
-        return _Fields("%s.%s" % (self._where, name), value)
+            raise HelloError(f"{self._where}: {name!r} is no object")
+        return _Fields(f"{self._where}.{name}", value)
 
     def children(self, name: str) -> List[_Fields]:
         value = self._get(name)
         if not isinstance(value, list) or not 1 <= len(value) <= MAX_VOLUMES:
-            raise HelloError("%s: %r must be a list of 1 to %d objects" % (self._where, name, MAX_VOLUMES))
+            raise HelloError(f"{self._where}: {name!r} must be a list of 1 to {MAX_VOLUMES} objects")
         out = []
         for number, item in enumerate(value):
             if not isinstance(item, Mapping):
-                raise HelloError("%s.%s[%d] is no object" % (self._where, name, number))
-            out.append(_Fields("%s.%s[%d]" % (self._where, name, number), item))
+                raise HelloError(f"{self._where}.{name}[{number}] is no object")
+            out.append(_Fields(f"{self._where}.{name}[{number}]", item))
         return out
 
     def done(self) -> None:
         if self._left:
-            raise HelloError("%s: unknown field %r" % (self._where, sorted(map(str, self._left))[0]))
+            raise HelloError(f"{self._where}: unknown field {sorted(map(str, self._left))[0]!r}")
