@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The maps keep the invariant: a block that differs from the replica is dirty, claimed, failed or in the log.
+
+A state machine plays device, replica, log, shipper and restarts against the maps, and a model of
+plain sets says what each map must hold after every step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Set, Tuple
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from bmigrate.breqd.maps import REGION_BYTES, Maps
+
+GRANULE = 4096
+SIZES = {("w", "a"): 2600 * 8 * GRANULE - 512, ("w", "b"): 13 * GRANULE + 512, ("x", "c"): 700 * GRANULE}
+KEYS = sorted(SIZES)
+Key = Tuple[str, str]
+
+
+def blocks_of(key: Key) -> int:
+    """Granules of a volume."""
+    return -(-SIZES[key] // GRANULE)
+
+
+def unpacked(packed: Any, count: int) -> Set[int]:
+    """Positions set among the first ``count``; nothing may be set behind them."""
+    found = {int(number) for number in np.flatnonzero(np.unpackbits(packed, bitorder="little"))}
+    assert all(number < count for number in found), "a bit behind the end of the volume is set"
+    return found
+
+
+class World(RuleBasedStateMachine):
+    """Device and replica are a content number per block; the log is what the kernel has recorded."""
+
+    @initialize()
+    def start(self) -> None:
+        self.clock = 0.0
+        self.files = {key: np.zeros(-(-blocks_of(key) // 8), dtype=np.uint8) for key in KEYS}
+        self.failed_files = {key: np.zeros(-(-blocks_of(key) // 8), dtype=np.uint8) for key in KEYS}
+        self.device: Dict[Key, Dict[int, int]] = {key: {} for key in KEYS}
+        self.replica: Dict[Key, Dict[int, int]] = {key: {} for key in KEYS}
+        self.log: List[Tuple[Key, int, int, bool]] = []
+        self.dirty: Dict[Key, Set[int]] = {key: set() for key in KEYS}
+        self.claimed: Dict[Key, Set[int]] = {key: set() for key in KEYS}
+        self.failed: Dict[Key, Set[int]] = {key: set() for key in KEYS}
+        self.claims: Dict[int, Tuple[Key, Dict[int, int]]] = {}
+        self.marked_at: Dict[Tuple[Key, int], float] = {}
+        self.content = 0
+        self.boot()
+
+    def boot(self) -> None:
+        """A new daemon over the same files."""
+        self.maps = Maps()
+        for key in KEYS:
+            self.add(key)
+
+    def add(self, key: Key) -> None:
+        """Take a volume in, as after a restart."""
+        self.maps.add(key, SIZES[key], GRANULE, self.files[key], self.failed_files[key], self.clock)
+        self.dirty[key] |= self.claimed[key] | self.failed[key]
+        self.claimed[key] = set()
+        self.claims = {number: item for number, item in self.claims.items() if item[0] != key}
+        for block in self.dirty[key]:
+            self.marked_at[key, block] = self.clock
+
+    @rule(key=st.sampled_from(KEYS), data=st.data(), fails=st.booleans())
+    def write(self, key: Key, data: Any, fails: bool) -> None:
+        """A write completes; its record goes to the log. One in a while fails, landing or not."""
+        self.clock += 1
+        count = blocks_of(key)
+        start = data.draw(st.integers(0, count - 1))
+        end = data.draw(st.integers(start + 1, min(count, start + 40)) | st.integers(start + 1, count))
+        fails = fails and data.draw(st.integers(0, 3)) == 0
+        self.content += 1
+        for block in range(start, end):
+            self.device[key][block] = self.content
+        self.log.append((key, start, end, fails))
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.log)
+    def consume(self, data: Any) -> None:
+        """A batch out of the log, in any order, goes into the maps."""
+        self.clock += 1
+        order = data.draw(st.permutations(self.log))
+        batch, self.log = order[: len(order) // 2 + 1], order[len(order) // 2 + 1 :]
+        starts = np.array([self.maps.global_start(key) + start for key, start, _, _ in batch])
+        ends = np.array([self.maps.global_start(key) + end for key, _, end, _ in batch])
+        self.maps.mark(starts, ends, self.clock, np.array([fails for _, _, _, fails in batch]))
+        for key, start, end, fails in batch:
+            for block in range(start, end):
+                if block not in self.dirty[key] | self.claimed[key]:
+                    self.marked_at[key, block] = self.clock
+            self.dirty[key].update(range(start, end))
+            if fails:
+                self.failed[key].update(range(start, end))
+
+    @rule(key=st.sampled_from(KEYS), granules=st.integers(0, 5000), data=st.data())
+    def claim(self, key: Key, granules: int, data: Any) -> None:
+        """The shipper claims, then reads the device: later writes are not in what it sends."""
+        first = data.draw(st.integers(0, blocks_of(key)))
+        taken = self.maps.claim(key, granules * GRANULE, first * GRANULE)
+        candidates = sorted(block for block in self.dirty[key] - self.claimed[key] if block >= first)
+        expected = candidates[: max(1, granules)]
+        got = []
+        for offset, length in taken.extents:
+            assert offset % GRANULE == 0 and (length % GRANULE == 0 or offset + length == SIZES[key])
+            got += range(offset // GRANULE, -(-(offset + length) // GRANULE))
+        assert got == expected
+        assert len(taken.extents) == len([b for b in expected if b - 1 not in expected]), "adjacent blocks are one extent"
+        if not expected:
+            assert taken.number is None and taken.next_offset_bytes == SIZES[key]
+            return
+        if len(candidates) > len(expected):
+            assert taken.next_offset_bytes == min(SIZES[key], (expected[-1] + 1) * GRANULE)
+        assert taken.number is not None
+        self.dirty[key] -= set(expected)
+        self.claimed[key] |= set(expected)
+        self.claims[taken.number] = (key, {block: self.device[key].get(block, 0) for block in expected})
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.claims)
+    def acknowledge(self, data: Any) -> None:
+        """Claims are acknowledged in any order: the replica has what was read."""
+        number = data.draw(st.sampled_from(sorted(self.claims)))
+        key, contents = self.claims.pop(number)
+        self.replica[key].update(contents)
+        again = len(self.dirty[key] & set(contents))
+        assert self.maps.acknowledge(key, number) == again * GRANULE
+        self.claimed[key] -= set(contents)
+        with pytest.raises(KeyError):
+            self.maps.acknowledge(key, number)
+
+    @rule(key=st.sampled_from(KEYS))
+    def fence(self, key: Key) -> None:
+        """The old session is gone: what it had claimed may or may not have arrived."""
+        self.maps.give_back(key)
+        self.dirty[key] |= self.claimed[key]
+        self.claimed[key] = set()
+        self.claims = {number: item for number, item in self.claims.items() if item[0] != key}
+
+    @rule(key=st.sampled_from(KEYS), forget=st.booleans())
+    def barrier(self, key: Key, forget: bool) -> None:
+        """Blocks of failed writes are offered again; the drain's barrier makes them ordinary."""
+        self.maps.release_failed(key, forget, self.clock)
+        self.dirty[key] |= self.failed[key]
+        if forget:
+            self.failed[key] = set()
+
+    @rule()
+    def restart(self) -> None:
+        """The daemon dies and comes back with nothing but the files."""
+        self.boot()
+
+    @rule(key=st.sampled_from(KEYS))
+    def reattach(self, key: Key) -> None:
+        """One volume goes and comes back; the others move in the bit space."""
+        self.maps.remove(key)
+        self.add(key)
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        """The sentence that everything serves."""
+        if not hasattr(self, "maps"):
+            return
+        logged: Dict[Key, Set[int]] = {key: set() for key in KEYS}
+        for key, start, end, _ in self.log:
+            logged[key].update(range(start, end))
+        for key in KEYS:
+            volume = self.maps.volumes[key]
+            dirty = unpacked(self.maps.dirty[volume.slice], volume.blocks)
+            claimed = unpacked(self.maps.claimed[volume.slice], volume.blocks)
+            failed = unpacked(self.maps.failed[volume.slice], volume.blocks)
+            differs = {b for b, c in self.device[key].items() if self.replica[key].get(b, 0) != c}
+            assert differs <= dirty | claimed | failed | logged[key]
+            assert (dirty, claimed, failed) == (self.dirty[key], self.claimed[key], self.failed[key])
+            assert unpacked(self.files[key], volume.blocks) == dirty | claimed | failed
+            assert unpacked(self.failed_files[key], volume.blocks) == failed
+            assert volume.dirty_blocks == len(dirty) and volume.claimed_blocks == len(claimed)
+            short = GRANULE * volume.blocks - SIZES[key]
+            assert self.maps.dirty_bytes(key) == len(dirty) * GRANULE - short * (volume.blocks - 1 in dirty)
+
+    @invariant()
+    def age_is_never_understated(self) -> None:
+        """The oldest mark not acknowledged is never younger than it is said to be."""
+        if not hasattr(self, "maps"):
+            return
+        for key in KEYS:
+            pending = self.dirty[key] | self.claimed[key]
+            oldest = self.maps.oldest(key)
+            if not pending:
+                assert oldest is None
+            else:
+                assert oldest is not None and oldest <= min(self.marked_at[key, block] for block in pending)
+
+
+World.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestWorld = World.TestCase
+
+
+def fresh(blocks: int) -> Tuple[Maps, Key, Any]:
+    """One volume of whole granules, nothing dirty."""
+    maps, key = Maps(), ("w", "a")
+    size = -(-blocks // 8)
+    mirror = np.zeros(size, dtype=np.uint8)
+    maps.add(key, blocks * GRANULE, GRANULE, mirror, np.zeros(size, dtype=np.uint8), 0.0)
+    return maps, key, mirror
+
+
+def test_a_write_to_a_claimed_block_survives_the_acknowledgement() -> None:
+    maps, key, mirror = fresh(64)
+    maps.mark_extents(key, [[8 * GRANULE, 4 * GRANULE]], 1.0)
+    taken = maps.claim(key, 1 << 20, 0)
+    maps.mark_extents(key, [[9 * GRANULE, 512]], 2.0)
+    assert maps.volumes[key].redirtied_claimed_blocks == 1
+    assert taken.number is not None
+    assert maps.acknowledge(key, taken.number) == GRANULE
+    assert maps.claim(key, 1 << 20, 0).extents == [[9 * GRANULE, GRANULE]]
+    assert unpacked(mirror, 64) == {9}
+
+
+def test_a_redirtied_block_is_not_claimed_twice_at_once() -> None:
+    maps, key, _ = fresh(64)
+    maps.mark_extents(key, [[0, GRANULE]], 1.0)
+    first = maps.claim(key, 1 << 20, 0)
+    maps.mark_extents(key, [[0, GRANULE]], 2.0)
+    assert maps.claim(key, 1 << 20, 0).number is None
+    assert first.number is not None and maps.acknowledge(key, first.number) == GRANULE
+    assert maps.claim(key, 1 << 20, 0).extents == [[0, GRANULE]]
+
+
+def test_the_short_tail_is_claimed_at_its_true_length() -> None:
+    maps, key = Maps(), ("w", "t")
+    size = 64 * 1024 * 1024 + 3584
+    blocks = size // GRANULE + 1
+    mirror = np.zeros(-(-blocks // 8), dtype=np.uint8)
+    maps.add(key, size, GRANULE, mirror, mirror.copy(), 0.0)
+    maps.mark_all(key, 0.0)
+    assert maps.dirty_bytes(key) == size
+    taken = maps.claim(key, 1 << 40, 64 * 1024 * 1024)
+    assert taken.extents == [[64 * 1024 * 1024, 3584]] and taken.next_offset_bytes == size
+
+
+def test_a_failed_write_stays_marked_until_the_drain() -> None:
+    maps, key, mirror = fresh(64)
+    maps.mark(np.array([3]), np.array([4]), 1.0, np.array([True]))
+    for _ in range(2):
+        taken = maps.claim(key, 1 << 20, 0)
+        assert taken.extents == [[3 * GRANULE, GRANULE]] and taken.number is not None
+        maps.acknowledge(key, taken.number)
+        assert unpacked(mirror, 64) == {3}, "an aborted command may still land"
+        assert maps.claim(key, 1 << 20, 0).number is None, "it must not keep the shipper busy either"
+        maps.release_failed(key, False, 2.0)
+    maps.release_failed(key, True, 3.0)
+    taken = maps.claim(key, 1 << 20, 0)
+    assert taken.number is not None
+    maps.acknowledge(key, taken.number)
+    assert unpacked(mirror, 64) == set()
+
+
+def test_an_empty_mirror_of_the_wrong_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="not 8"):
+        Maps().add(("w", "a"), 64 * GRANULE, GRANULE, np.zeros(7, np.uint8), np.zeros(7, np.uint8), 0.0)
+
+
+def test_large_maps_stay_fast() -> None:
+    """A terabyte: a batch of random single blocks, a discard of everything, and claims, each well under a second."""
+    import time
+
+    maps, key, _ = fresh((1 << 40) // GRANULE)
+    positions = np.random.default_rng(1).integers(0, maps.volumes[key].blocks, 1 << 16)
+    begin = time.process_time()
+    for _ in range(5):
+        maps.mark(positions, positions + 1, 1.0)
+        taken = maps.claim(key, 64 << 20, 0)
+        assert taken.number is not None
+        maps.acknowledge(key, taken.number)
+    assert time.process_time() - begin < 2.5
+    begin = time.process_time()
+    maps.mark_all(key, 2.0)
+    maps.claim(key, 64 << 20, 0)
+    assert time.process_time() - begin < 2.5
+    assert len(maps.dirty) % REGION_BYTES == 0
