@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import List, Set, Tuple
-
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,19 +18,19 @@ RANGES = st.lists(
 )
 
 
-def members(ranges: List[Tuple[int, int]]) -> Set[int]:
+def members(ranges: list[tuple[int, int]]) -> set[int]:
     """The naive model: every position of every range."""
     return {position for start, end in ranges for position in range(start, end)}
 
 
-def as_set(packed: np.ndarray) -> Set[int]:
+def as_set(packed: np.ndarray) -> set[int]:
     """Positions set in a packed map."""
     return {int(position) for position in np.flatnonzero(np.unpackbits(packed, bitorder="little"))}
 
 
 @given(RANGES)
 @settings(max_examples=300, deadline=None)
-def test_exploded_ranges_cover_exactly_the_positions(ranges: List[Tuple[int, int]]) -> None:
+def test_exploded_ranges_cover_exactly_the_positions(ranges: list[tuple[int, int]]) -> None:
     exploded = bits.explode(np.array([a for a, _ in ranges]), np.array([b for _, b in ranges]))
     packed = np.zeros(SPACE // 8 + 1, dtype=np.uint8)
     packed[exploded.index] |= exploded.mask
@@ -44,7 +42,7 @@ def test_exploded_ranges_cover_exactly_the_positions(ranges: List[Tuple[int, int
 
 @given(RANGES)
 @settings(max_examples=200, deadline=None)
-def test_runs_are_the_maximal_ranges(ranges: List[Tuple[int, int]]) -> None:
+def test_runs_are_the_maximal_ranges(ranges: list[tuple[int, int]]) -> None:
     positions = np.array(sorted(members(ranges)), dtype=np.int64)
     starts, ends = bits.runs(positions)
     assert members(list(zip(starts.tolist(), ends.tolist()))) == set(positions.tolist())
@@ -54,7 +52,7 @@ def test_runs_are_the_maximal_ranges(ranges: List[Tuple[int, int]]) -> None:
 @given(RANGES, RANGES, st.integers(0, SPACE), st.integers(1, 400))
 @settings(max_examples=200, deadline=None)
 def test_first_set_takes_the_lowest(
-    dirty: List[Tuple[int, int]], without: List[Tuple[int, int]], start: int, limit: int
+    dirty: list[tuple[int, int]], without: list[tuple[int, int]], start: int, limit: int
 ) -> None:
     maps = []
     for ranges in (dirty, without):

@@ -7,7 +7,7 @@ plain sets says what each map must hold after every step.
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Set, Tuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from bmigrate.breqd.maps import REGION_BYTES, Maps
 GRANULE = 4096
 SIZES = {("w", "a"): 2600 * 8 * GRANULE - 512, ("w", "b"): 13 * GRANULE + 512, ("x", "c"): 700 * GRANULE}
 KEYS = sorted(SIZES)
-Key = Tuple[str, str]
+Key = tuple[str, str]
 
 
 def blocks_of(key: Key) -> int:
@@ -28,7 +28,7 @@ def blocks_of(key: Key) -> int:
     return -(-SIZES[key] // GRANULE)
 
 
-def unpacked(packed: Any, count: int) -> Set[int]:
+def unpacked(packed: Any, count: int) -> set[int]:
     """Positions set among the first ``count``; nothing may be set behind them."""
     found = {int(number) for number in np.flatnonzero(np.unpackbits(packed, bitorder="little"))}
     assert all(number < count for number in found), "a bit behind the end of the volume is set"
@@ -43,14 +43,14 @@ class World(RuleBasedStateMachine):
         self.clock = 0.0
         self.files = {key: np.zeros(-(-blocks_of(key) // 8), dtype=np.uint8) for key in KEYS}
         self.failed_files = {key: np.zeros(-(-blocks_of(key) // 8), dtype=np.uint8) for key in KEYS}
-        self.device: Dict[Key, Dict[int, int]] = {key: {} for key in KEYS}
-        self.replica: Dict[Key, Dict[int, int]] = {key: {} for key in KEYS}
-        self.log: List[Tuple[Key, int, int, bool]] = []
-        self.dirty: Dict[Key, Set[int]] = {key: set() for key in KEYS}
-        self.claimed: Dict[Key, Set[int]] = {key: set() for key in KEYS}
-        self.failed: Dict[Key, Set[int]] = {key: set() for key in KEYS}
-        self.claims: Dict[int, Tuple[Key, Dict[int, int]]] = {}
-        self.marked_at: Dict[Tuple[Key, int], float] = {}
+        self.device: dict[Key, dict[int, int]] = {key: {} for key in KEYS}
+        self.replica: dict[Key, dict[int, int]] = {key: {} for key in KEYS}
+        self.log: list[tuple[Key, int, int, bool]] = []
+        self.dirty: dict[Key, set[int]] = {key: set() for key in KEYS}
+        self.claimed: dict[Key, set[int]] = {key: set() for key in KEYS}
+        self.failed: dict[Key, set[int]] = {key: set() for key in KEYS}
+        self.claims: dict[int, tuple[Key, dict[int, int]]] = {}
+        self.marked_at: dict[tuple[Key, int], float] = {}
         self.content = 0
         self.boot()
 
@@ -107,12 +107,14 @@ class World(RuleBasedStateMachine):
         taken = self.maps.claim(key, granules * GRANULE, first * GRANULE)
         candidates = sorted(block for block in self.dirty[key] - self.claimed[key] if block >= first)
         expected = candidates[: max(1, granules)]
-        got = []
+        got: list[int] = []
         for offset, length in taken.extents:
             assert offset % GRANULE == 0 and (length % GRANULE == 0 or offset + length == SIZES[key])
             got += range(offset // GRANULE, -(-(offset + length) // GRANULE))
         assert got == expected
-        assert len(taken.extents) == len([b for b in expected if b - 1 not in expected]), "adjacent blocks are one extent"
+        assert len(taken.extents) == len([b for b in expected if b - 1 not in expected]), (
+            "adjacent blocks are one extent"
+        )
         if not expected:
             assert taken.number is None and taken.next_offset_bytes == SIZES[key]
             return
@@ -168,14 +170,14 @@ class World(RuleBasedStateMachine):
         """The sentence that everything serves."""
         if not hasattr(self, "maps"):
             return
-        logged: Dict[Key, Set[int]] = {key: set() for key in KEYS}
+        logged: dict[Key, set[int]] = {key: set() for key in KEYS}
         for key, start, end, _ in self.log:
             logged[key].update(range(start, end))
         for key in KEYS:
             volume = self.maps.volumes[key]
-            dirty = unpacked(self.maps.dirty[volume.slice], volume.blocks)
-            claimed = unpacked(self.maps.claimed[volume.slice], volume.blocks)
-            failed = unpacked(self.maps.failed[volume.slice], volume.blocks)
+            dirty = unpacked(self.maps.dirty[volume.here], volume.blocks)
+            claimed = unpacked(self.maps.claimed[volume.here], volume.blocks)
+            failed = unpacked(self.maps.failed[volume.here], volume.blocks)
             differs = {b for b, c in self.device[key].items() if self.replica[key].get(b, 0) != c}
             assert differs <= dirty | claimed | failed | logged[key]
             assert (dirty, claimed, failed) == (self.dirty[key], self.claimed[key], self.failed[key])
@@ -205,7 +207,7 @@ World.TestCase.settings = settings(
 TestWorld = World.TestCase
 
 
-def fresh(blocks: int) -> Tuple[Maps, Key, Any]:
+def fresh(blocks: int) -> tuple[Maps, Key, Any]:
     """One volume of whole granules, nothing dirty."""
     maps, key = Maps(), ("w", "a")
     size = -(-blocks // 8)

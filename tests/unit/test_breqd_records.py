@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import List, Tuple
-
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +21,7 @@ def table() -> records.Slots:
     return slots
 
 
-def batch(rows: List[Tuple[int, int, int, int, int]]) -> np.ndarray:
+def batch(rows: list[tuple[int, int, int, int, int]]) -> np.ndarray:
     """Rows of (sector, nr_sectors, slot, op, flags) as the kernel lays them out."""
     return np.array(rows, dtype=records.RECORD)
 
@@ -37,7 +35,7 @@ ROWS = st.lists(
 
 @given(ROWS)
 @settings(max_examples=300, deadline=None)
-def test_every_written_sector_of_the_volume_is_covered(rows: List[Tuple[int, int, int, int, int]]) -> None:
+def test_every_written_sector_of_the_volume_is_covered(rows: list[tuple[int, int, int, int, int]]) -> None:
     ranges = table().ranges(batch(rows))
     assert ranges.unknown == []
     for (sector, count, slot, _, flags), start, end, failed in zip(rows, ranges.starts, ranges.ends, ranges.failed):

@@ -8,7 +8,7 @@ knows what a bit means.
 
 from __future__ import annotations
 
-from typing import Any, List, NamedTuple, Tuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class Exploded(NamedTuple):
 
     index: Positions
     mask: Bits
-    slices: List[Tuple[int, int]]
+    slices: list[tuple[int, int]]
 
 
 def population(values: Bits) -> int:
@@ -45,7 +45,7 @@ def population_each(values: Bits) -> Positions:
     return _POPULATION[values].astype(np.int64)
 
 
-def _join(index: Positions, mask: Bits) -> Tuple[Positions, Bits]:
+def _join(index: Positions, mask: Bits) -> tuple[Positions, Bits]:
     """Sort by byte and OR the masks of equal bytes."""
     if len(index) < 2:
         return index, mask
@@ -59,7 +59,7 @@ def _join(index: Positions, mask: Bits) -> Tuple[Positions, Bits]:
     return index, mask
 
 
-def _merge_slices(first: Positions, last: Positions) -> List[Tuple[int, int]]:
+def _merge_slices(first: Positions, last: Positions) -> list[tuple[int, int]]:
     """Sorted disjoint (first, last) byte slices covering the same bytes."""
     order = np.argsort(first, kind="stable")
     first, reach = first[order], np.maximum.accumulate(last[order])
@@ -91,7 +91,7 @@ def explode(starts: Positions, ends: Positions) -> Exploded:
     index = [first, last[several]]
     mask = [np.where(several, head, head & tail), tail[several]]
     inner = last - first - 1
-    slices: List[Tuple[int, int]] = []
+    slices: list[tuple[int, int]] = []
     is_long = inner >= LONG_BYTES
     if bool(is_long.any()):
         slices = _merge_slices(first[is_long] + 1, last[is_long])
@@ -104,7 +104,7 @@ def explode(starts: Positions, ends: Positions) -> Exploded:
     return Exploded(*_join(np.concatenate(index), np.concatenate(mask)), slices)
 
 
-def runs(positions: Positions) -> Tuple[Positions, Positions]:
+def runs(positions: Positions) -> tuple[Positions, Positions]:
     """Ascending unique positions as maximal half-open ranges (starts, ends)."""
     if not len(positions):
         return positions, positions
@@ -119,7 +119,7 @@ def first_set(dirty: Bits, without: Bits, start: int, stop: int, limit: int) -> 
 
     Looks at growing pieces, so that both a full and an empty map of a large volume are cheap.
     """
-    found: List[Positions] = []
+    found: list[Positions] = []
     have, piece = 0, 4096
     byte, last = start >> 3, (stop + 7) >> 3
     while byte < last and have < limit:

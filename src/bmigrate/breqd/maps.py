@@ -13,15 +13,16 @@ block was shipped, so an acknowledgement does not free them; the drain's barrier
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bmigrate.breqd import bits
 from bmigrate.breqd.bits import Bits, Positions
 
-Key = Tuple[str, str]  #: (workload, volume)
+Key = tuple[str, str]  #: (workload, volume)
 
 #: Volumes start at a multiple of this many bytes; the age of marks is kept per such region.
 REGION_BYTES = 512
@@ -39,8 +40,8 @@ class Claim(NamedTuple):
 class Taken(NamedTuple):
     """Answer of ``claim``: its number (None: nothing to take), [offset, length] in bytes, where to go on."""
 
-    number: Optional[int]
-    extents: List[List[int]]
+    number: int | None
+    extents: list[list[int]]
     next_offset_bytes: int
 
 
@@ -57,7 +58,7 @@ class Volume:
     dirty_blocks: int = 0
     claimed_blocks: int = 0
     redirtied_claimed_blocks: int = 0
-    claims: Dict[int, Claim] = field(default_factory=dict)
+    claims: dict[int, Claim] = field(default_factory=dict)
 
     @property
     def blocks(self) -> int:
@@ -75,7 +76,7 @@ class Volume:
         return -(-self.map_bytes // REGION_BYTES) * REGION_BYTES
 
     @property
-    def slice(self) -> slice:
+    def here(self) -> slice:
         """Its bytes in the concatenated maps."""
         return slice(self.base, self.base + self.map_bytes)
 
@@ -89,8 +90,8 @@ class Maps:
     """All volumes' maps. Times are seconds of one monotonic clock of the caller's."""
 
     def __init__(self) -> None:
-        self.volumes: Dict[Key, Volume] = {}
-        self._order: List[Volume] = []
+        self.volumes: dict[Key, Volume] = {}
+        self._order: list[Volume] = []
         self._last_claim = 0
         self._allocate(0)
 
@@ -104,11 +105,11 @@ class Maps:
         self._claimed_since: Any = np.full(size // REGION_BYTES, _NEVER)
         self._bounds: Positions = np.zeros(0, dtype=np.int64)
 
-    def _rebuild(self, volumes: List[Volume]) -> None:
+    def _rebuild(self, volumes: list[Volume]) -> None:
         """Lay the volumes out anew, one after the other, and move their bits there."""
         old = (self.dirty, self.claimed, self.failed)
         old_ages = (self._dirty_since, self._claimed_since)
-        places = [(volume.slice, volume.regions) for volume in volumes]
+        places = [(volume.here, volume.regions) for volume in volumes]
         self._allocate(sum(volume.span for volume in volumes))
         base = 0
         for volume, (old_slice, old_regions) in zip(volumes, places):
@@ -117,7 +118,7 @@ class Maps:
             base += volume.span
             if known:
                 for new, before in zip((self.dirty, self.claimed, self.failed), old):
-                    new[volume.slice] = before[old_slice]
+                    new[volume.here] = before[old_slice]
                 for new, before in zip((self._dirty_since, self._claimed_since), old_ages):
                     new[volume.regions] = before[old_regions]
         self._order = volumes
@@ -138,7 +139,7 @@ class Maps:
         if len(mirror) != volume.map_bytes or len(failed_mirror) != volume.map_bytes:
             raise ValueError(f"mirror of {key} has {len(mirror)} bytes, not {volume.map_bytes}")
         self._rebuild([item for item in self._order if item.key != key] + [volume])
-        here = volume.slice
+        here = volume.here
         self.dirty[here] = mirror | failed_mirror
         self.failed[here] = failed_mirror
         if volume.blocks % 8:
@@ -155,7 +156,7 @@ class Maps:
 
     # --- marking ---------------------------------------------------------------------------------
 
-    def mark(self, starts: Positions, ends: Positions, now: float, failed: Optional[Any] = None) -> None:
+    def mark(self, starts: Positions, ends: Positions, now: float, failed: Any | None = None) -> None:
         """Make ranges dirty, in whatever volumes they lie; a claimed block becomes dirty *again*.
 
         Args:
@@ -175,7 +176,7 @@ class Maps:
         """The first granule of a volume in the concatenated space."""
         return self.volumes[key].base * 8
 
-    def mark_extents(self, key: Key, extents: List[List[int]], now: float) -> None:
+    def mark_extents(self, key: Key, extents: list[list[int]], now: float) -> None:
         """Make byte ranges of one volume dirty, widened to whole granules and clipped to the volume."""
         volume = self.volumes[key]
         ranges = np.array(extents, dtype=np.int64).reshape(-1, 2)
@@ -192,7 +193,7 @@ class Maps:
         """Promotion: nothing differs. Only right while nobody can write to the device."""
         volume = self.volumes[key]
         for array in (self.dirty, self.claimed, self.failed):
-            array[volume.slice] = 0
+            array[volume.here] = 0
         volume.mirror[:] = 0
         volume.failed_mirror[:] = 0
         volume.claims.clear()
@@ -318,7 +319,7 @@ class Maps:
         volume.claims.clear()
         if not volume.claimed_blocks:
             return
-        here, regions = volume.slice, volume.regions
+        here, regions = volume.here, volume.regions
         # Into `dirty` before out of `claimed`: the mirror, their OR, must not lose the bits.
         self.dirty[here] |= self.claimed[here]
         self.claimed[here] = 0
@@ -334,7 +335,7 @@ class Maps:
                 so no aborted command is still to land; from here on they are blocks like others.
         """
         volume = self.volumes[key]
-        index = np.flatnonzero(self.failed[volume.slice]) + volume.base
+        index = np.flatnonzero(self.failed[volume.here]) + volume.base
         if not len(index):
             return
         self._mark_bytes(index, self.failed[index], now)
@@ -355,9 +356,9 @@ class Maps:
     def failed_bytes(self, key: Key) -> int:
         """Bytes in blocks of failed writes that stay marked until the drain."""
         volume = self.volumes[key]
-        return self._bytes(volume, self.failed, bits.population(self.failed[volume.slice]))
+        return self._bytes(volume, self.failed, bits.population(self.failed[volume.here]))
 
-    def oldest(self, key: Key) -> Optional[float]:
+    def oldest(self, key: Key) -> float | None:
         """When the oldest write was marked that is not acknowledged, in seconds of the caller's clock.
 
         Kept per region of the map (16 MiB of a volume with 4 KiB granules), so it may name an
@@ -369,17 +370,15 @@ class Maps:
 
     # --- inside ----------------------------------------------------------------------------------
 
-    def _split(self, index: Positions) -> Iterator[Tuple[Volume, slice]]:
+    def _split(self, index: Positions) -> Iterator[tuple[Volume, slice]]:
         """The part of ascending byte numbers that lies in each volume touched."""
-        cuts = np.searchsorted(index, self._bounds)
-        for number in np.flatnonzero(cuts[1:] > cuts[:-1]):
+        cuts: Positions = np.searchsorted(index, self._bounds)
+        for number in np.flatnonzero(np.diff(cuts)):
             yield self._order[int(number)], slice(int(cuts[number]), int(cuts[number + 1]))
 
     def _regions(self, exploded: bits.Exploded) -> Positions:
         parts = [exploded.index // REGION_BYTES]
-        parts += [
-            np.arange(first // REGION_BYTES, (last - 1) // REGION_BYTES + 1) for first, last in exploded.slices
-        ]
+        parts += [np.arange(first // REGION_BYTES, (last - 1) // REGION_BYTES + 1) for first, last in exploded.slices]
         return np.unique(np.concatenate(parts))
 
     def _dirty_in(self, region: Positions, array: Bits) -> Any:
@@ -392,8 +391,8 @@ class Maps:
         self._dirty_since[region[~self._dirty_in(region, self.dirty)]] = _NEVER
 
     def _recount(self, volume: Volume) -> None:
-        volume.dirty_blocks = bits.population(self.dirty[volume.slice])
-        volume.claimed_blocks = bits.population(self.claimed[volume.slice])
+        volume.dirty_blocks = bits.population(self.dirty[volume.here])
+        volume.claimed_blocks = bits.population(self.claimed[volume.here])
 
     def _bytes(self, volume: Volume, array: Bits, blocks: int) -> int:
         total = blocks * volume.granule_bytes
@@ -403,7 +402,7 @@ class Maps:
             total -= short
         return total
 
-    def _extents(self, volume: Volume, starts: Positions, ends: Positions) -> List[List[int]]:
+    def _extents(self, volume: Volume, starts: Positions, ends: Positions) -> list[list[int]]:
         offsets = starts * volume.granule_bytes
         stops = np.minimum(ends * volume.granule_bytes, volume.size_bytes)
         return [[int(offset), int(stop - offset)] for offset, stop in zip(offsets.tolist(), stops.tolist())]

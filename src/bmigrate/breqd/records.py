@@ -9,7 +9,7 @@ reported, never dropped silently.
 
 from __future__ import annotations
 
-from typing import Any, List, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class Ranges(NamedTuple):
     records: Positions
     written_bytes: Positions
     widened_bytes: Positions
-    unknown: List[int]
+    unknown: list[int]
 
 
 class Slots:
@@ -71,7 +71,7 @@ class Slots:
         slot = records["slot"].astype(np.int64)
         known = slot < abi.MAX_SLOTS
         known[known] = self._known[slot[known]]
-        unknown: List[int] = []
+        unknown: list[int] = []
         if not bool(known.all()):
             unknown = [int(number) for number in np.unique(slot[~known])]
             records, slot = records[known], slot[known]
