@@ -15,7 +15,8 @@ from __future__ import annotations
 import enum
 import struct
 import zlib
-from typing import Iterator, NamedTuple, Optional, Tuple, Union
+from collections.abc import Iterator
+from typing import NamedTuple, Union
 
 MAGIC = 0x31474D42  # "BMG1", little-endian
 VERSION = 1
@@ -263,7 +264,7 @@ class FrameWriter:
         self.next_seq = FIRST_SEQ
 
     def encode(self, type_: FrameType, *, volume: int = 0, offset: int = 0, aux: int = 0,
-               payload: Buffer = b"") -> Tuple[bytes, memoryview]:
+               payload: Buffer = b"") -> tuple[bytes, memoryview]:
         """Encode one frame.
 
         Args:
@@ -300,8 +301,8 @@ class FrameReader:
     `allowed`: the types of this direction, FROM_SENDER or FROM_RECEIVER.
     """
 
-    def __init__(self, allowed: frozenset[FrameType], *, epoch: Optional[int] = None,
-                 buffer: Optional[memoryview] = None) -> None:
+    def __init__(self, allowed: frozenset[FrameType], *, epoch: int | None = None,
+                 buffer: memoryview | None = None) -> None:
         self.epoch = epoch
         self.last_seq = FIRST_SEQ - 1
         self._allowed = allowed
@@ -309,9 +310,9 @@ class FrameReader:
         if len(self._buffer) < MAX_PAYLOAD_BYTES or self._buffer.readonly:
             raise ValueError(f"the buffer must be writable and hold {MAX_PAYLOAD_BYTES} bytes")
         self._head_raw = memoryview(bytearray(HEADER_BYTES))
-        self._head: Optional[_Header] = None
+        self._head: _Header | None = None
         self._have = 0
-        self._error: Optional[FrameError] = None
+        self._error: FrameError | None = None
 
     @property
     def in_frame(self) -> bool:
@@ -326,7 +327,7 @@ class FrameReader:
             return self._head_raw[self._have:]
         return self._buffer[self._have:self._head.length]
 
-    def filled(self, count: int) -> Optional[Frame]:
+    def filled(self, count: int) -> Frame | None:
         """Say that `count` bytes were put at the start of `space()`. Returns a frame once it is whole.
 
         Raises: FrameError; every later call raises it again. `count` 0 means the end of the stream:
@@ -352,7 +353,7 @@ class FrameReader:
             if frame is not None:
                 yield frame
 
-    def _advance(self, count: int) -> Optional[Frame]:
+    def _advance(self, count: int) -> Frame | None:
         if count == 0:
             if self.in_frame:
                 wanted = HEADER_BYTES if self._head is None else self._head.length

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Dict, List, Mapping, Optional, Union
+from typing import Any
 
 from bmigrate.wire.frames import VERSION, FrameError
 
@@ -63,18 +64,23 @@ class HelloVolume:
 
 @dataclass(frozen=True)
 class Hello:
-    """What the sender says first. `incarnation` is that of its breqd."""
+    """What the sender says first.
+
+    `incarnation` is that of its breqd. `highest_epoch` is the highest epoch that breqd has ever
+    been told of (0: none): the new one will be above it, also when the standby's notes were lost.
+    """
 
     workload: str
     host: str
     generation: Generation
     boot_id: str
     incarnation: str
-    volumes: List[HelloVolume]
-    last_session: Optional[LastSession] = None
+    volumes: list[HelloVolume]
+    last_session: LastSession | None = None
+    highest_epoch: int = 0
     v: int = VERSION
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The JSON object, as it also travels in hold's `register`."""
         return asdict(self)
 
@@ -87,7 +93,7 @@ class WelcomeVolume:
     index: int
     size_bytes: int
     logical_block_size: int
-    suspect: Optional[str] = None
+    suspect: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,21 +105,21 @@ class Welcome:
     host: str
     boot_id: str
     silence_seconds: float
-    volumes: List[WelcomeVolume] = field(default_factory=list)
+    volumes: list[WelcomeVolume] = field(default_factory=list)
     v: int = VERSION
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The JSON object."""
         return asdict(self)
 
 
-def encode(message: Union[Hello, Welcome, Mapping[str, Any]]) -> bytes:
+def encode(message: Hello | Welcome | Mapping[str, Any]) -> bytes:
     """Payload of a HELLO, WELCOME or ERROR frame (the latter from BmigrateError.to_dict())."""
     data = message if isinstance(message, Mapping) else message.to_dict()
     return json.dumps(data, separators=(",", ":"), sort_keys=True).encode()
 
 
-def decode_hello(payload: Union[bytes, memoryview, Mapping[str, Any]]) -> Hello:
+def decode_hello(payload: bytes | memoryview | Mapping[str, Any]) -> Hello:
     """Take a HELLO apart (bytes from the wire, or the object that hold was given).
 
     Raises: VersionError, HelloError.
@@ -132,7 +138,8 @@ def decode_hello(payload: Union[bytes, memoryview, Mapping[str, Any]]) -> Hello:
         generation=Generation(generation.number("number", 1), generation.text("id", _ID)),
         boot_id=data.text("boot_id", _BOOT_ID), incarnation=data.text("incarnation", _ID), volumes=volumes,
         last_session=None if last is None else LastSession(
-            last.number("epoch", 1), last.text("session_id", _ID), last.number("ack", 0)))
+            last.number("epoch", 1), last.text("session_id", _ID), last.number("ack", 0)),
+        highest_epoch=data.number("highest_epoch", 0, default=0))
     generation.done()
     if last is not None:
         last.done()
@@ -142,7 +149,7 @@ def decode_hello(payload: Union[bytes, memoryview, Mapping[str, Any]]) -> Hello:
     return hello
 
 
-def decode_welcome(payload: Union[bytes, memoryview, Mapping[str, Any]]) -> Welcome:
+def decode_welcome(payload: bytes | memoryview | Mapping[str, Any]) -> Welcome:
     """Take a WELCOME apart. Raises: VersionError, HelloError."""
     data = _Fields("WELCOME", payload)
     data.version()
@@ -161,7 +168,7 @@ def decode_welcome(payload: Union[bytes, memoryview, Mapping[str, Any]]) -> Welc
     return welcome
 
 
-def decode_error(payload: Union[bytes, memoryview]) -> Dict[str, Any]:
+def decode_error(payload: bytes | memoryview) -> dict[str, Any]:
     """The object of an ERROR frame; `code` and `message` are strings. Raises: HelloError."""
     data = _Fields("ERROR", payload)
     data.text("code", None)
@@ -172,7 +179,7 @@ def decode_error(payload: Union[bytes, memoryview]) -> Dict[str, Any]:
 class _Fields:
     """One JSON object being taken apart; each getter refuses a wrong type by the field's name."""
 
-    def __init__(self, where: str, payload: Union[bytes, memoryview, Mapping[str, Any]]) -> None:
+    def __init__(self, where: str, payload: bytes | memoryview | Mapping[str, Any]) -> None:
         self._where = where
         if not isinstance(payload, Mapping):
             try:
@@ -197,7 +204,7 @@ class _Fields:
             raise VersionError(f"{self._where}: the peer speaks protocol version {value!r}, this host {VERSION}; "
                                "install the same release on both hosts")
 
-    def text(self, name: str, pattern: Optional[re.Pattern[str]], *, optional: bool = False) -> Any:
+    def text(self, name: str, pattern: re.Pattern[str] | None, *, optional: bool = False) -> Any:
         value = self._get(name, optional)
         if value is None:
             return None
@@ -205,8 +212,10 @@ class _Fields:
             raise HelloError(f"{self._where}: {name!r} has the value {value!r:.80}, which is not allowed there")
         return value
 
-    def number(self, name: str, low: int, high: int = _MAX_U64) -> int:
-        value = self._get(name)
+    def number(self, name: str, low: int, high: int = _MAX_U64, *, default: int | None = None) -> int:
+        value = self._get(name, default is not None)
+        if value is None and default is not None:
+            return default
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise HelloError(f"{self._where}: {name!r} is {value!r:.80}, expected a whole number from {low} to "
                              f"{high}")
@@ -226,7 +235,7 @@ class _Fields:
             raise HelloError(f"{self._where}: {name!r} is no object")
         return _Fields(f"{self._where}.{name}", value)
 
-    def children(self, name: str) -> List[_Fields]:
+    def children(self, name: str) -> list[_Fields]:
         value = self._get(name)
         if not isinstance(value, list) or not 1 <= len(value) <= MAX_VOLUMES:
             raise HelloError(f"{self._where}: {name!r} must be a list of 1 to {MAX_VOLUMES} objects")

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""One session after its handshake: what each frame makes the receiver do.
+
+The order that matters is in `_sync`: every written volume is flushed, then the note in receive.ack
+is durable, and only then the ACK leaves. An ACK that left earlier would let the source clear blocks
+that a power cut here can still take back. Frames are handled one after another in the order in
+which they were sent, so an ACK covers everything before its SYNC.
+"""
+from __future__ import annotations
+
+import logging
+from typing import Callable
+
+from bmigrate.common import faults
+from bmigrate.common.errors import RefusedError
+from bmigrate.receive.ackfile import AckFile
+from bmigrate.receive.link import Link
+from bmigrate.receive.volumes import StandbyVolume
+from bmigrate.wire.frames import Frame, FrameType
+
+log = logging.getLogger("breceive")
+
+
+class Session:
+    """Handles the frames of one epoch.
+
+    Args:
+        link: the connection. volumes: in the order of the indexes of WELCOME. acks: the open receive.ack.
+        clear_suspect: tells hold that the volume of that name was compared as a whole and is equal again.
+    """
+
+    def __init__(self, link: Link, volumes: list[StandbyVolume], acks: AckFile,
+                 clear_suspect: Callable[[str], None]) -> None:
+        self._link = link
+        self._volumes = volumes
+        self._acks = acks
+        self._clear_suspect = clear_suspect
+        self._last_sync = 0
+        self._handlers: dict[FrameType, Callable[[Frame], None]] = {
+            FrameType.DATA: self._data,
+            FrameType.ZERO: self._zero,
+            FrameType.SYNC: self._sync,
+            FrameType.HASH: self._hash,
+            FrameType.REREAD: self._reread,
+            FrameType.RESYNC_DONE: self._resync_done,
+            FrameType.PING: self._ping,
+            FrameType.PONG: lambda frame: None,
+        }
+
+    def run(self) -> str:
+        """Handle frames until the sender ends the session; returns why it ended.
+
+        Raises:
+            FrameError, BmigrateError: the session is over and nothing after the last ACK may be believed.
+        """
+        while True:
+            frame = self._link.receive()
+            if frame is None:
+                return "the sender closed the connection"
+            if frame.type is FrameType.BYE:
+                self._link.send(FrameType.BYE)
+                return "the sender said goodbye"
+            handler = self._handlers.get(frame.type)
+            if handler is None:
+                raise RefusedError(f"{frame.type.name} frame in the middle of a session", reason="bad_type")
+            faults.point("receive.frame")
+            handler(frame)
+
+    def _volume(self, frame: Frame) -> StandbyVolume:
+        if frame.volume >= len(self._volumes):
+            raise RefusedError(f"{frame.type.name} frame for volume number {frame.volume}, the session has "
+                               f"{len(self._volumes)}", reason="unknown_volume")
+        return self._volumes[frame.volume]
+
+    def _data(self, frame: Frame) -> None:
+        self._volume(frame).write(frame.offset, frame.payload)
+
+    def _zero(self, frame: Frame) -> None:
+        self._volume(frame).zero(frame.offset, frame.aux, self._link.keep_alive)
+
+    def _sync(self, frame: Frame) -> None:
+        if frame.aux <= self._last_sync:
+            raise RefusedError(f"SYNC number {frame.aux} after number {self._last_sync}", reason="bad_sequence")
+        for volume in self._volumes:
+            volume.sync()
+        faults.point("receive.synced")
+        self._acks.note(frame.aux)
+        self._last_sync = frame.aux
+        faults.point("receive.noted")
+        self._link.send(FrameType.ACK, aux=frame.aux, offset=frame.seq)
+
+    def _hash(self, frame: Frame) -> None:
+        answer = self._volume(frame).hashes(frame.offset, frame.aux, frame.chunk_bytes(), self._link.keep_alive)
+        self._link.send(FrameType.HASHES, volume=frame.volume, offset=frame.offset, aux=frame.aux, payload=answer)
+
+    def _reread(self, frame: Frame) -> None:
+        extents = frame.extents()
+        answer = self._volume(frame).digests(extents, self._link.keep_alive)
+        self._link.send(FrameType.DIGESTS, volume=frame.volume, aux=len(extents), payload=answer)
+
+    def _resync_done(self, frame: Frame) -> None:
+        volume = self._volume(frame)
+        if any(item.unsynced for item in self._volumes):
+            raise RefusedError("RESYNC_DONE before the SYNC of what the resync wrote", volume=volume.name,
+                               reason="bad_sequence")
+        self._clear_suspect(volume.name)
+        log.info("volume %s was compared and is no longer suspect", volume.name)
+        self._link.send(FrameType.RESYNC_DONE, volume=frame.volume)
+
+    def _ping(self, frame: Frame) -> None:
+        self._link.send(FrameType.PONG, aux=frame.aux)

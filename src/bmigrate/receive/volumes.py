@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A standby volume as the receiver uses it: its own O_DIRECT descriptor, and nothing beyond its bounds.
+
+It promises that no byte is read or written outside [0, size announced by the sender), that zeroes
+are written and never discarded, and that a failed flush is final: the kernel reports it once and
+may forget the pages, so a second fdatasync on the same descriptor would lie. It must never open the
+device exclusively (that is hold's), or write through the page cache.
+"""
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import Callable
+
+from bmigrate.common import blockdev, faults
+from bmigrate.common.errors import RefusedError
+from bmigrate.wire import frames
+
+READ_BYTES = 1 << 20
+ZERO_STEP_BYTES = 64 << 20
+
+Alive = Callable[[], None]
+
+
+class StandbyVolume:
+    """One volume of the session.
+
+    Args:
+        name: of the volume. device: its path, from hold. number: the device number (st_rdev) that hold holds.
+        limit_bytes: the sender's size of the volume; everything beyond is out of bounds.
+
+    Raises:
+        RefusedError: the path now leads to another device than the one held, or the device has shrunk.
+    """
+
+    def __init__(self, name: str, device: str, number: int, limit_bytes: int) -> None:
+        self.name = name
+        self.device = device
+        self.limit_bytes = limit_bytes
+        self.written_bytes = 0
+        self.unsynced = False
+        self._broken: str | None = None
+        self._reader: blockdev.DirectReader | None = None
+        try:
+            self.fd = blockdev.open_direct(device, write=True)
+        except OSError as error:
+            raise RefusedError(f"{device} cannot be opened: {error.strerror}", volume=name, reason="device_missing",
+                               hint="see: journalctl -u bmigrate-hold") from error
+        try:
+            if os.fstat(self.fd).st_rdev != number:
+                raise RefusedError(f"{device} is another device than the one that hold has", volume=name,
+                                   hint="restart bmigrate-hold, then compare the volume: bmigrate verify",
+                                   reason="device_changed")
+            size = blockdev.size_bytes(self.fd)
+            if size < limit_bytes:
+                raise RefusedError(f"{device} has {size} bytes, the source's volume {limit_bytes}", volume=name,
+                                   hint="use a device at least as large as the source's", reason="too_small")
+            self.block_bytes = blockdev.logical_block_size(self.fd)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write `data` at `offset` (bytes). The buffer must be aligned in memory; it is not copied.
+
+        Raises:
+            RefusedError: out of bounds, not whole blocks, or the device failed.
+        """
+        self._check("DATA", offset, len(data))
+        if faults.point("receive.write") == "corrupt":
+            data[0] ^= 0xFF
+        self.unsynced = True
+        done = 0
+        try:
+            while done < len(data):
+                done += os.pwritev(self.fd, [data[done:]], offset + done)
+        except OSError as error:
+            raise self._failed(f"write of {len(data)} bytes at offset {offset}", error) from error
+        self.written_bytes += len(data)
+
+    def zero(self, offset: int, length: int, alive: Alive) -> None:
+        """Make `length` bytes at `offset` read back as zeroes; `alive` is called between long steps."""
+        self._check("ZERO", offset, length)
+        self.unsynced = True
+        end = offset + length
+        try:
+            while offset < end:
+                step = min(ZERO_STEP_BYTES, end - offset)
+                blockdev.zero_out(self.fd, offset, step)
+                offset += step
+                alive()
+        except OSError as error:
+            raise self._failed(f"zero-out at offset {offset}", error) from error
+        self.written_bytes += length
+
+    def sync(self) -> None:
+        """Make everything written so far durable; once it has failed it always fails.
+
+        Raises:
+            RefusedError: reason ``io_error``.
+        """
+        if self._broken is not None:
+            raise RefusedError(self._broken, volume=self.name, reason="io_error")
+        if not self.unsynced:
+            return
+        try:
+            faults.point("receive.fdatasync")
+            os.fdatasync(self.fd)
+        except OSError as error:
+            failed = self._failed("flush", error)
+            self._broken = failed.message
+            raise failed from error
+        self.unsynced = False
+
+    def hashes(self, offset: int, length: int, chunk_bytes: int, alive: Alive) -> bytes:
+        """16-byte BLAKE2b digests of each chunk of a range, read from the device past the cache."""
+        self._check("HASH", offset, length)
+        end = offset + length
+        result = []
+        while offset < end:
+            step = min(chunk_bytes, end - offset)
+            result.append(self._digest(offset, step, frames.HASH_DIGEST_BYTES))
+            offset += step
+            alive()
+        return b"".join(result)
+
+    def digests(self, extents: list[tuple[int, int]], alive: Alive) -> bytes:
+        """32-byte BLAKE2b digest of each extent, read from the device past the cache."""
+        for offset, length in extents:
+            self._check("REREAD", offset, length)
+        result = []
+        for offset, length in extents:
+            result.append(self._digest(offset, length, frames.EXTENT_DIGEST_BYTES))
+            alive()
+        return b"".join(result)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self.fd)
+
+    def _digest(self, offset: int, length: int, size: int) -> bytes:
+        digest = hashlib.blake2b(digest_size=size)
+        for part in self._read(offset, length):
+            digest.update(part)
+        return digest.digest()
+
+    def _read(self, offset: int, length: int) -> Iterator[memoryview]:
+        if self._reader is None:
+            self._reader = blockdev.DirectReader(self.fd, READ_BYTES)
+        end = offset + length
+        while offset < end:
+            step = min(READ_BYTES, end - offset)
+            try:
+                view = self._reader.read(offset, step)
+            except OSError as error:
+                raise self._failed(f"read of {step} bytes at offset {offset}", error) from error
+            yield view
+            offset += step
+
+    def _check(self, what: str, offset: int, length: int) -> None:
+        if offset + length > self.limit_bytes:
+            raise RefusedError(f"{what} frame for bytes {offset} to {offset + length} of a volume of "
+                               f"{self.limit_bytes} bytes", volume=self.name, reason="out_of_bounds",
+                               hint="the sender is defective or the volume has grown; restart bmigrate-ship")
+        if offset % self.block_bytes or length % self.block_bytes:
+            raise RefusedError(f"{what} frame for {length} bytes at offset {offset}: not whole blocks of "
+                               f"{self.block_bytes} bytes", volume=self.name, reason="misaligned")
+
+    def _failed(self, what: str, error: OSError) -> RefusedError:
+        return RefusedError(f"{what} on {self.device} failed: {error.strerror or error}", volume=self.name,
+                            hint="look at the kernel log of this host (dmesg); the session has ended and nothing "
+                                 "unacknowledged is lost", reason="io_error")
