@@ -34,8 +34,8 @@ struct bufflink_batch {
 	__u32 flags;		/* BUFFLINK_BATCH_* */
 };
 
-#define BUFFLINK_BATCH_AGAIN	(1U << 0)	/* was handed out before */
-#define BUFFLINK_BATCH_WIDENED	(1U << 1)	/* has records from the overflow */
+#define BUFFLINK_BATCH_AGAIN	1	/* was handed out before */
+#define BUFFLINK_BATCH_WIDENED	2	/* has records from the overflow */
 
 struct bufflink_info {
 	__u32 abi;		/* BUFFLINK_ABI of the loaded module */

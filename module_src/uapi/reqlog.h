@@ -38,8 +38,8 @@ struct reqlog_record {
 #define REQLOG_OP_WRITE_ZEROES	4
 #define REQLOG_OP_WRITE_SAME	5
 
-#define REQLOG_WIDENED		(1U << 0)	/* covers more than was written */
-#define REQLOG_FAILED		(1U << 1)	/* a request in it had an error */
+#define REQLOG_WIDENED		1	/* covers more than was written */
+#define REQLOG_FAILED		2	/* a request in it had an error */
 
 /* Why ATTACH was refused; set also when the ioctl fails. */
 #define REQLOG_REASON_NONE	0
@@ -56,8 +56,8 @@ struct reqlog_record {
 #define REQLOG_REASON_EMPTY	11	/* the device has no sectors */
 
 #define REQLOG_REGION_MIN	4096U
-#define REQLOG_REGION_MAX	(1U << 30)
-#define REQLOG_MAX_REGIONS	(1U << 27)	/* per attachment: 32 MiB of map */
+#define REQLOG_REGION_MAX	0x40000000U
+#define REQLOG_MAX_REGIONS	0x8000000U	/* per attachment: 32 MiB of map */
 
 struct reqlog_attach {
 	__s32 fd;		/* in: open file of the block device */
@@ -95,10 +95,10 @@ struct reqlog_entry {
 	__u8  disk[REQLOG_DISK_BYTES];	/* kernel's name of the disk, NUL */
 };
 
-#define REQLOG_ENTRY_PARTITION	(1U << 0)
-#define REQLOG_ENTRY_GONE	(1U << 1)	/* disk removed: detach it */
-#define REQLOG_ENTRY_BEYOND	(1U << 2)	/* written behind the known end */
-#define REQLOG_ENTRY_DRAINING	(1U << 3)	/* detached, slot not yet free */
+#define REQLOG_ENTRY_PARTITION	1
+#define REQLOG_ENTRY_GONE	2	/* disk removed: detach it */
+#define REQLOG_ENTRY_BEYOND	4	/* written behind the known end */
+#define REQLOG_ENTRY_DRAINING	8	/* detached, slot not yet free */
 
 /*
  * Draining entries are listed too. When count is too small the call fails with

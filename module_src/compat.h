@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Every difference between kernels, 5.10 to the newest, under the name that the
+ * newest kernel has or would have. No other file has an #if, and nothing here
+ * looks at a version number: Kbuild looked into the headers.
+ */
+#ifndef _BMIGRATE_COMPAT_H
+#define _BMIGRATE_COMPAT_H
+
+#include <linux/blk-mq.h>
+#include <linux/blkdev.h>
+#include <linux/fs.h>
+#ifdef HAVE_GENHD_H
+#include <linux/genhd.h>
+#endif
+
+#include "uapi/bufflink.h"
+#include "uapi/reqlog.h"
+
+/* A build for tests pretends to another ABI; all else stays as it is. */
+#ifdef BMIGRATE_ABI
+#undef BUFFLINK_ABI
+#undef REQLOG_ABI
+#define BUFFLINK_ABI BMIGRATE_ABI
+#define REQLOG_ABI BMIGRATE_ABI
+#endif
+
+/* What the tracepoint block_rq_complete calls the outcome; 0 is success. */
+#ifdef HAVE_RQ_COMPLETE_STATUS
+#define rq_complete_status_t blk_status_t
+#else
+#define rq_complete_status_t int
+#endif
+
+/* The disk of a request. NULL for a queue without one, so test it. */
+static inline struct gendisk *compat_rq_disk(struct request *rq)
+{
+#ifdef HAVE_RQ_DISK
+	return rq->rq_disk;
+#else
+	return rq->q->disk;
+#endif
+}
+
+/* A number that no other disk has or had since boot; 0: kernel has none. */
+static inline u64 compat_diskseq(struct gendisk *disk)
+{
+#ifdef HAVE_DISKSEQ
+	return disk->diskseq;
+#else
+	return 0;
+#endif
+}
+
+static inline bool compat_rq_is_write_same(struct request *rq)
+{
+#ifdef HAVE_WRITE_SAME
+	return req_op(rq) == REQ_OP_WRITE_SAME;
+#else
+	return false;
+#endif
+}
+
+#endif

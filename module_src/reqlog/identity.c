@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Which device is meant, and whether it can be recorded correctly.
+ *
+ * It promises to refuse, with a reason, every device of which reqlog could miss
+ * a write, and every device that is not the one that the caller believes it has
+ * open. A disk that passes is referenced, so that its memory cannot become
+ * another disk's.
+ */
+#include <linux/device.h>
+#include <linux/kdev_t.h>
+#include <linux/module.h>
+
+#include "reqlog/reqlog.h"
+
+static int refuse(struct reqlog_attach *request, u32 reason, int err)
+{
+	request->reason = reason;
+	return err;
+}
+
+/*
+ * A disk whose requests all pass block_rq_complete has a queue of requests, and
+ * no way around it. The name says nothing: nvme0n1 may be a multipath head.
+ */
+static bool is_bio_based(struct gendisk *disk)
+{
+	return disk->fops->submit_bio || !queue_is_mq(disk->queue);
+}
+
+static bool is_gone(struct gendisk *disk)
+{
+	return !device_is_registered(disk_to_dev(disk));
+}
+
+bool reqlog_disk_gone(const struct reqlog_attachment *att)
+{
+	return att->draining || is_gone(att->disk);
+}
+
+static int check(struct block_device *bdev, u64 sectors,
+		 struct reqlog_attach *request)
+{
+	struct gendisk *disk = bdev->bd_disk;
+
+	if (request->major != MAJOR(bdev->bd_dev) ||
+	    request->minor != MINOR(bdev->bd_dev))
+		return refuse(request, REQLOG_REASON_DEV, -ESTALE);
+	if (request->diskseq != compat_diskseq(disk))
+		return refuse(request, REQLOG_REASON_DISKSEQ, -ESTALE);
+	if (is_gone(disk))
+		return refuse(request, REQLOG_REASON_GONE, -ENODEV);
+	if (is_bio_based(disk))
+		return refuse(request, REQLOG_REASON_BIO_BASED, -EOPNOTSUPP);
+	if (bdev_is_zoned(bdev))
+		return refuse(request, REQLOG_REASON_ZONED, -EOPNOTSUPP);
+	if (request->sectors != sectors)
+		return refuse(request, REQLOG_REASON_SIZE, -ESTALE);
+	if (!sectors)
+		return refuse(request, REQLOG_REASON_EMPTY, -ENXIO);
+	return 0;
+}
+
+/*
+ * Fill in what the open file says about the device, and take the references.
+ *
+ * A reference to the disk's device object does not hold up its removal: the
+ * driver takes the disk away, requests fail, the names go; only the memory
+ * stays, until DETACH. But the last put may call into the driver, so the
+ * driver's module must stay too: a mount would pin it just the same.
+ */
+int reqlog_identify(struct reqlog_attachment *att,
+		    struct reqlog_attach *request, struct file *file)
+{
+	struct inode *inode = file->f_mapping->host;
+	struct block_device *bdev;
+	struct gendisk *disk;
+	u64 sectors;
+	int err;
+
+	if (!S_ISBLK(file_inode(file)->i_mode) || !S_ISBLK(inode->i_mode))
+		return refuse(request, REQLOG_REASON_NOT_BLOCK, -ENOTBLK);
+	bdev = I_BDEV(inode);
+	disk = bdev->bd_disk;
+	sectors = i_size_read(inode) >> SECTOR_SHIFT;
+	err = check(bdev, sectors, request);
+	if (err)
+		return err;
+
+	att->partition = bdev_is_partition(bdev);
+	att->start = get_start_sect(bdev);
+	att->end = att->start + sectors;
+	att->dev = bdev->bd_dev;
+	att->diskseq = compat_diskseq(disk);
+	strscpy(att->disk_name, disk->disk_name, sizeof(att->disk_name));
+	att->disk = disk;
+	att->driver = disk->fops->owner;
+	/* The open file holds both already. */
+	get_device(disk_to_dev(disk));
+	__module_get(att->driver);
+	return 0;
+}

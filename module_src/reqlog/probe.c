@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * From a completed request to records.
+ *
+ * It promises a record for each sector of an attached volume that the request
+ * may have changed, before the request's bios end. It must never sleep, allocate
+ * or take a lock: it runs in hardirq context on every completion of the host,
+ * and for a disk that nobody attached it must cost next to nothing.
+ *
+ * The tracepoint block_rq_complete fires in blk_update_request() and in its
+ * batched variant, the two places where a request's bios end: with the request
+ * as it is before this completion (position, bytes and bios that are left), the
+ * outcome, and the bytes that this completion is about. It may fire several
+ * times for a request.
+ */
+#include <linux/percpu.h>
+#include <linux/rculist.h>
+#include <linux/tracepoint.h>
+#include <trace/events/block.h>
+
+#include "reqlog/reqlog.h"
+
+static struct tracepoint *rq_complete;
+
+static u8 op_of(struct request *rq)
+{
+	switch (req_op(rq)) {
+	case REQ_OP_WRITE:
+		return REQLOG_OP_WRITE;
+	case REQ_OP_DISCARD:
+		return REQLOG_OP_DISCARD;
+	case REQ_OP_SECURE_ERASE:
+		return REQLOG_OP_SECURE_ERASE;
+	case REQ_OP_WRITE_ZEROES:
+		return REQLOG_OP_WRITE_ZEROES;
+	default:
+		break;
+	}
+	if (compat_rq_is_write_same(rq))
+		return REQLOG_OP_WRITE_SAME;
+	return REQLOG_OP_MIXED;
+}
+
+/*
+ * One range of a request, against one attachment. What is outside of a partition
+ * is not the volume's. What is behind the known end of a whole disk is: the disk
+ * has grown since, and the entry's flag says so.
+ */
+static void log_range(struct reqlog_attachment *att, sector_t sector,
+		      u64 nr_sectors, u8 op, bool failed)
+{
+	sector_t end = sector + nr_sectors;
+	struct reqlog_record record;
+
+	sector = max(sector, att->start);
+	if (att->partition)
+		end = min(end, att->end);
+	if (sector >= end)
+		return;
+	if (end > att->end) {
+		this_cpu_inc(att->counts->beyond);
+		set_bit(REQLOG_MARK_BEYOND, &att->marks);
+	}
+
+	this_cpu_inc(att->counts->ops[op]);
+	this_cpu_add(att->counts->sectors, end - sector);
+	if (failed)
+		this_cpu_inc(att->counts->failed);
+	record.sector = cpu_to_le64(sector);
+	record.nr_sectors = cpu_to_le32(end - sector);
+	record.slot = cpu_to_le16(att->slot);
+	record.op = op;
+	record.flags = failed ? REQLOG_FAILED : 0;
+	bufflink_produce(reqlog_channel, &record);
+}
+
+/* Something that no range describes: everything may have changed. */
+static void log_all(struct reqlog_attachment *att, bool failed)
+{
+	this_cpu_inc(att->counts->passthrough);
+	if (failed)
+		this_cpu_inc(att->counts->failed);
+	reqlog_map_mark_all(att, failed);
+	bufflink_overflowed(reqlog_channel);
+}
+
+/*
+ * A request of merged discards has no single range: its bios may lie anywhere
+ * on the disk, and position and length of the request are those of the first bio
+ * and the sum of all. So each bio is a record. Recorded again if only a part of
+ * them ends here, which does no harm.
+ */
+static void log_bios(struct reqlog_attachment *att, struct request *rq, u8 op,
+		     bool failed)
+{
+	struct bio *bio;
+
+	__rq_for_each_bio(bio, rq)
+		log_range(att, bio->bi_iter.bi_sector,
+			  DIV_ROUND_UP(bio->bi_iter.bi_size, SECTOR_SIZE), op,
+			  failed);
+}
+
+static void log_request(struct reqlog_attachment *att, struct request *rq,
+			bool failed, unsigned int nr_bytes)
+{
+	u8 op = op_of(rq);
+
+	/*
+	 * After an error, and for a completion of "0 bytes", what has reached
+	 * the medium is unknown: take all that is left of the request. A flush
+	 * without data has nothing left, and makes no record.
+	 */
+	if (failed || !nr_bytes)
+		nr_bytes = max(nr_bytes, blk_rq_bytes(rq));
+
+	switch (op) {
+	case REQLOG_OP_MIXED:
+		/* Zone resets, and whatever future kernels think of. */
+		log_all(att, failed);
+		break;
+	case REQLOG_OP_DISCARD:
+	case REQLOG_OP_SECURE_ERASE:
+		if (rq->bio) {
+			log_bios(att, rq, op, failed);
+			break;
+		}
+		fallthrough;
+	default:
+		log_range(att, blk_rq_pos(rq),
+			  DIV_ROUND_UP(nr_bytes, SECTOR_SIZE), op, failed);
+	}
+}
+
+/*
+ * A command that somebody sent past the block layer (SG_IO, nvme-cli). Its
+ * position means nothing and may be all ones. One that brings data from the
+ * device, such as asking for a serial number, changes nothing. One that sends
+ * data may write anywhere, and one without data may be a format or an erase.
+ */
+static bool passthrough_may_write(struct request *rq)
+{
+	return op_is_write(req_op(rq)) || !blk_rq_bytes(rq);
+}
+
+static void probe_rq_complete(void *unused, struct request *rq,
+			      rq_complete_status_t error, unsigned int nr_bytes)
+{
+	struct gendisk *disk = compat_rq_disk(rq);
+	bool passthrough = blk_rq_is_passthrough(rq);
+	struct reqlog_attachment *att;
+
+	if (!disk)
+		return;
+	if (passthrough ? !passthrough_may_write(rq) : !op_is_write(req_op(rq)))
+		return;
+
+	/*
+	 * The attachment's reference keeps the disk's memory, so an equal
+	 * pointer is the same disk. DETACH waits for this section to end.
+	 */
+	rcu_read_lock();
+	list_for_each_entry_rcu(att, &reqlog_attached, node) {
+		if (att->disk != disk)
+			continue;
+		if (passthrough)
+			log_all(att, !!error);
+		else
+			log_request(att, rq, !!error, nr_bytes);
+	}
+	rcu_read_unlock();
+}
+
+static void match_tracepoint(struct tracepoint *tp, void *unused)
+{
+	if (!strcmp(tp->name, "block_rq_complete"))
+		rq_complete = tp;
+}
+
+/*
+ * By name, because the tracepoint is not exported. The compiler checks the probe
+ * against the kernel's own prototype: a kernel that changed it does not build.
+ */
+int reqlog_probe_find(void)
+{
+	check_trace_callback_type_block_rq_complete(probe_rq_complete);
+
+	for_each_kernel_tracepoint(match_tracepoint, NULL);
+	if (!rq_complete) {
+		pr_err("reqlog: this kernel has no tracepoint block_rq_complete\n");
+		return -ENOENT;
+	}
+	return 0;
+}
+
+/* Under reqlog_lock, before the first attachment is in the list. */
+int reqlog_probe_start(void)
+{
+	return tracepoint_probe_register(rq_complete, probe_rq_complete, NULL);
+}
+
+/*
+ * Under reqlog_lock, after the last attachment has left the list. Calls may
+ * still be under way when this returns; they find an empty list.
+ */
+void reqlog_probe_stop(void)
+{
+	tracepoint_probe_unregister(rq_complete, probe_rq_complete, NULL);
+}
