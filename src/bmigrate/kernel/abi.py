@@ -4,10 +4,11 @@
 Promises the same bytes as module_src/uapi/bufflink.h and module_src/uapi/reqlog.h, which are the source of every
 structure and number here. It opens nothing and imports no NumPy, so that any program can afford it.
 """
+
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Type
+from typing import Any
 
 BUFFLINK_ABI = 1
 REQLOG_ABI = 1
@@ -169,7 +170,7 @@ class ReqlogStats(ctypes.Structure):
 _WRITE, _READ = 1, 2
 
 
-def _ioc(direction: int, letter: int, number: int, payload: Type[Any]) -> int:
+def _ioc(direction: int, letter: int, number: int, payload: type[Any]) -> int:
     """Number of an ioctl as asm-generic/ioctl.h makes it (x86, arm64, riscv, s390; not powerpc, mips, sparc)."""
     return (direction << 30) | (ctypes.sizeof(payload) << 16) | (letter << 8) | number
 
