@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import random
+import subprocess
+import tempfile
 import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,14 +38,17 @@ def seed_of(name: str) -> int:
 
 
 def program(rig: Rig, host: str) -> str:
-    """Compile the writer in the guest, once; returns its path there."""
-    source = SOURCE.read_text()
-    path = f"/var/tmp/vm-test-writer-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+    """Compile the writer here (the guests have no C library's headers), static, and copy it; returns its path there."""
+    source = SOURCE.read_bytes()
+    path = f"/var/tmp/vm-test-writer-{hashlib.sha256(source).hexdigest()[:12]}"
     done = rig.agents[host].call("run", argv=["test", "-x", path])
     if done["returncode"] != 0:
-        argv = ["gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-x", "c", "-o", f"{path}.new", "-"]
-        done = rig.agents[host].call("run", argv=argv, input_text=source)
-        assert done["returncode"] == 0, f"{host}: the writer does not compile:\n{done['stderr']}"
+        with tempfile.TemporaryDirectory() as directory:
+            made = Path(directory) / "writer"
+            argv = ["gcc", "-O2", "-static", "-pthread", "-Wall", "-Wextra", "-Werror", "-o", str(made), str(SOURCE)]
+            compiled = subprocess.run(argv, capture_output=True, text=True, check=False)
+            assert compiled.returncode == 0, f"the writer does not compile:\n{compiled.stderr}"
+            rig.lab.put(host, made, f"{path}.new")
         rig.run(host, "mv", f"{path}.new", path)
     return path
 
@@ -55,6 +60,8 @@ class Writer:
         name: of the round; its seed follows from it.
         operations_per_second, bytes_per_second: how fast at most.
         window_bytes: where most of what is not hot goes.
+        hot_percent: how much hits the few hot spots.
+        top_class: the largest size, 512 bytes << this.
     """
 
     def __init__(
@@ -65,11 +72,14 @@ class Writer:
         operations_per_second: int = 400,
         bytes_per_second: int = 1536 << 10,
         window_bytes: int = 4 << 20,
+        hot_percent: int = 75,
+        top_class: int = 11,
     ) -> None:
         self.rig, self.host, self.name = rig, host, name
         self.seed = seed_of(name)
         self.unit = f"vm-test-writer-{self.seed:012x}"
-        self._options = ["-i", str(operations_per_second), "-b", str(bytes_per_second), "-w", str(window_bytes)]
+        pace = ["-i", str(operations_per_second), "-b", str(bytes_per_second)]
+        self._options = [*pace, "-w", str(window_bytes), "-p", str(hot_percent), "-m", str(top_class)]
         self._started = False
 
     def start(self) -> None:

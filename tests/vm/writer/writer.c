@@ -44,8 +44,9 @@ static struct {
 	const char *device, *status;
 	uint64_t seed, size, window, ops_per_second, bytes_per_second, each;
 	uint64_t window_start, hot[HOT_SPOTS];
-	int threads;
-} option = {.window = 4 << 20, .ops_per_second = 400, .bytes_per_second = 1536 << 10, .threads = 4};
+	int threads, hot_percent, top_class;
+} option = {.window = 4 << 20, .ops_per_second = 400, .bytes_per_second = 1536 << 10, .threads = 4,
+	    .hot_percent = 75, .top_class = CLASSES - 1};
 
 static struct {
 	_Atomic uint64_t operations, bytes, hot, tail, unaligned, kinds[KINDS], classes[CLASSES];
@@ -141,18 +142,20 @@ static struct request choose(struct worker *w)
 {
 	static const unsigned int weight[CLASSES] = {24, 13, 11, 17, 11, 8, 6, 4, 3, 1, 1, 1};
 	struct request r = {.kind = choose_kind(w)};
-	uint64_t sectors, place = draw(w, 100);
+	uint64_t sectors, place = draw(w, 100), cold = draw(w, 100);
 	unsigned int n = draw(w, 100);
-	int sweep = w->number == 0 && w->serial <= CLASSES;
+	int sweep = w->number == 0 && (int)w->serial <= option.top_class + 1;
 
 	if (sweep)
 		r.class = w->serial - 1;
 	else
 		for (r.class = 0; n >= weight[r.class]; r.class++)
 			n -= weight[r.class];
-	r.hot = !sweep && place < 75;
+	r.hot = !sweep && (int)place < option.hot_percent;
 	if (r.hot && r.class > 4)
 		r.class = r.class % 5;
+	if (r.class > option.top_class)
+		r.class = option.top_class;
 	sectors = 1ULL << r.class;
 	if (r.class > 1 && draw(w, 2))
 		sectors -= draw(w, sectors / 2);
@@ -161,9 +164,9 @@ static struct request choose(struct worker *w)
 		r.length = option.size;
 	if (r.hot) {
 		r.offset = option.hot[draw(w, HOT_SPOTS)] + draw(w, HOT_BYTES / SECTOR) * SECTOR;
-	} else if (place < 82 || (sweep && w->serial <= 2)) {
+	} else if (cold < 28 || (sweep && w->serial <= 2)) {
 		r.offset = option.size - r.length;
-	} else if (place < 95) {
+	} else if (cold < 80) {
 		r.offset = option.window_start + draw(w, option.window / SECTOR) * SECTOR;
 	} else {
 		r.offset = draw(w, option.size / SECTOR) * SECTOR;
@@ -322,7 +325,7 @@ static void prepare(int argc, char **argv)
 	struct worker chooser = {0};
 	int c, fd;
 
-	while ((c = getopt(argc, argv, "d:s:o:w:t:i:b:n:")) != -1) {
+	while ((c = getopt(argc, argv, "d:s:o:w:t:i:b:n:p:m:")) != -1) {
 		switch (c) {
 		case 'd': option.device = optarg; break;
 		case 's': option.seed = strtoull(optarg, NULL, 0); break;
@@ -332,13 +335,17 @@ static void prepare(int argc, char **argv)
 		case 'i': option.ops_per_second = strtoull(optarg, NULL, 0); break;
 		case 'b': option.bytes_per_second = strtoull(optarg, NULL, 0); break;
 		case 'n': option.each = strtoull(optarg, NULL, 0); break;
+		case 'p': option.hot_percent = atoi(optarg); break;
+		case 'm': option.top_class = atoi(optarg); break;
 		default: exit(2);
 		}
 	}
 	if (!option.device || !option.status || option.threads < 1 || option.threads > MAX_THREADS ||
-	    !option.ops_per_second || !option.bytes_per_second || option.window < SECTOR) {
+	    !option.ops_per_second || !option.bytes_per_second || option.window < SECTOR ||
+	    option.top_class < 0 || option.top_class >= CLASSES) {
 		fprintf(stderr, "usage: writer -d DEVICE -s SEED -o STATUS [-w WINDOW_BYTES] [-t THREADS] "
-				"[-i OPERATIONS_PER_SECOND] [-b BYTES_PER_SECOND] [-n OPERATIONS_OF_EACH_THREAD]\n");
+				"[-i OPERATIONS_PER_SECOND] [-b BYTES_PER_SECOND] [-n OPERATIONS_OF_EACH_THREAD] "
+				"[-p PERCENT_ON_HOT_SPOTS] [-m LARGEST_SIZE_CLASS]\n");
 		exit(2);
 	}
 	fd = open(option.device, O_RDONLY | O_CLOEXEC);
