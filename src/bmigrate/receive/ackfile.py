@@ -18,16 +18,20 @@ from bmigrate.common import atomic, faults, paths
 
 MAGIC = b"BMGA"
 SLOT_BYTES = 512
-_SLOT = struct.Struct("<4sIQQ32s")
+_SLOT = struct.Struct("<4sIQQ16s16s")
 _CRC = struct.Struct("<I")
 
 
 class Ack(NamedTuple):
-    """The last acknowledgement: SYNC number `ack` of the session `session_id` of `epoch`."""
+    """The last acknowledgement: SYNC number `ack` of the session `session_id` of `epoch`.
+
+    `generation_id` is that of the data; both ids are 32 hexadecimal digits.
+    """
 
     epoch: int
     ack: int
     session_id: str
+    generation_id: str
 
 
 def ack_file(workload: str) -> Path:
@@ -36,22 +40,19 @@ def ack_file(workload: str) -> Path:
 
 
 def encode(ack: Ack) -> bytes:
-    """One slot of SLOT_BYTES. `session_id` is at most 64 hexadecimal digits."""
-    raw = _SLOT.pack(MAGIC, 1, ack.epoch, ack.ack, bytes.fromhex(ack.session_id))
-    raw += struct.pack("<I", len(ack.session_id) // 2)
+    """One slot of SLOT_BYTES."""
+    raw = _SLOT.pack(MAGIC, 1, ack.epoch, ack.ack, bytes.fromhex(ack.session_id), bytes.fromhex(ack.generation_id))
     return (raw + _CRC.pack(zlib.crc32(raw))).ljust(SLOT_BYTES, b"\0")
 
 
 def decode(raw: bytes) -> Ack | None:
     """The acknowledgement of one slot, or None when the slot is empty or torn."""
-    size = _SLOT.size + 4
-    if len(raw) < size + _CRC.size or zlib.crc32(raw[:size]) != _CRC.unpack_from(raw, size)[0]:
+    if len(raw) < SLOT_BYTES or zlib.crc32(raw[:_SLOT.size]) != _CRC.unpack_from(raw, _SLOT.size)[0]:
         return None
-    magic, version, epoch, number, session = _SLOT.unpack_from(raw)
-    (length,) = struct.unpack_from("<I", raw, _SLOT.size)
-    if magic != MAGIC or version != 1 or length > len(session):
+    magic, version, epoch, number, session, generation = _SLOT.unpack_from(raw)
+    if magic != MAGIC or version != 1:
         return None
-    return Ack(epoch, number, session[:length].hex())
+    return Ack(epoch, number, session.hex(), generation.hex())
 
 
 def latest(raw: bytes) -> Ack | None:
@@ -74,9 +75,8 @@ class AckFile:
     Raises: OSError; the session must end then, without the ACK.
     """
 
-    def __init__(self, workload: str, epoch: int, session_id: str) -> None:
-        self.epoch = epoch
-        self.session_id = session_id
+    def __init__(self, workload: str, epoch: int, session_id: str, generation_id: str) -> None:
+        self._last = Ack(epoch, 0, session_id, generation_id)
         path = ack_file(workload)
         content = path.read_bytes() if path.exists() else b""
         if len(content) != 2 * SLOT_BYTES:
@@ -90,7 +90,7 @@ class AckFile:
 
     def note(self, number: int) -> None:
         """Make "SYNC `number` is durable here" durable."""
-        os.pwrite(self._fd, encode(Ack(self.epoch, number, self.session_id)), self._slot * SLOT_BYTES)
+        os.pwrite(self._fd, encode(self._last._replace(ack=number)), self._slot * SLOT_BYTES)
         faults.point("receive.ack_written")
         os.fdatasync(self._fd)
         self._slot ^= 1

@@ -106,7 +106,7 @@ def serve(link: Link, workload: str) -> str:
             for volume in hello.volumes:
                 place = grant["volumes"][volume.name]
                 volumes.append(StandbyVolume(volume.name, place["device"], place["number"], volume.size_bytes))
-            acks = AckFile(workload, grant["epoch"], grant["session_id"])
+            acks = AckFile(workload, grant["epoch"], grant["session_id"], hello.generation.id)
             link.start_session(grant["epoch"], hold.fileno(), grant["silence_seconds"])
             link.send(FrameType.WELCOME, payload=greeting.encode(_welcome(hello, grant)))
             log.info("workload %s: session %s of epoch %d with %s, process %d", workload, grant["session_id"],

@@ -18,7 +18,8 @@ from bmigrate.wire.frames import VERSION, FrameError
 MAX_VOLUMES = 16
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,30}\Z")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}\Z")
-_ID = re.compile(r"[0-9a-f]{8,64}\Z")
+_ID = re.compile(r"[0-9a-f]{32}\Z")
+_INCARNATION = re.compile(r"[0-9a-f]{8,64}\Z")
 _BOOT_ID = re.compile(r"[0-9a-f-]{32,36}\Z")
 _MAX_U64 = (1 << 64) - 1
 
@@ -136,7 +137,7 @@ def decode_hello(payload: bytes | memoryview | Mapping[str, Any]) -> Hello:
     hello = Hello(
         workload=data.text("workload", _NAME), host=data.text("host", _HOST),
         generation=Generation(generation.number("number", 1), generation.text("id", _ID)),
-        boot_id=data.text("boot_id", _BOOT_ID), incarnation=data.text("incarnation", _ID), volumes=volumes,
+        boot_id=data.text("boot_id", _BOOT_ID), incarnation=data.text("incarnation", _INCARNATION), volumes=volumes,
         last_session=None if last is None else LastSession(
             last.number("epoch", 1), last.text("session_id", _ID), last.number("ack", 0)),
         highest_epoch=data.number("highest_epoch", 0, default=0))

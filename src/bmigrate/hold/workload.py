@@ -1,0 +1,448 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""One workload as hold serves it: its devices, its receivers, its epochs.
+
+The order that matters, in `_grant` and `fence`: all older receivers are gone (pidfd), then the write
+counters are sampled, then the new epoch and every suspicion are on disk, and only then somebody is
+told. A grant before that would let bytes of an old connection land after newer ones, or let an
+epoch be given twice. Work that needs the receivers gone is queued (`when_quiet`), one at a time:
+nothing here blocks on a dying process.
+"""
+from __future__ import annotations
+
+import logging
+import os
+import select
+import time
+from collections.abc import Callable
+from typing import Any
+
+from bmigrate.common import blockdev, faults, state
+from bmigrate.common.config import Config
+from bmigrate.common.errors import BmigrateError, RefusedError
+from bmigrate.common.rpc import Connection
+from bmigrate.hold import admission, devices, record, suspicion, udev
+from bmigrate.hold.devices import HeldDevice
+from bmigrate.hold.receivers import Receiver, Receivers, identify
+from bmigrate.hold.record import VolumeRecord
+from bmigrate.receive import ackfile
+from bmigrate.wire.hello import Hello
+
+RETRY_FIRST_SECONDS = 1.0
+RETRY_LAST_SECONDS = 30.0
+log = logging.getLogger("bmigrate-hold")
+
+Request = dict[str, Any]
+
+
+class Answer:
+    """The answer that is owed to a request, given when the receivers are gone."""
+
+    def __init__(self, connection: Connection, request: Request) -> None:
+        self._connection = connection
+        self._request = request
+
+    def reply(self, fields: dict[str, Any]) -> None:
+        """Success."""
+        self._connection.reply(self._request, fields)
+
+    def guard(self, action: Callable[[], None]) -> Callable[[], None]:
+        """The action, with its errors going to who asked for it."""
+
+        def guarded() -> None:
+            try:
+                action()
+            except BmigrateError as error:
+                self._connection.fail(self._request, error)
+            except OSError as error:
+                self._connection.fail(self._request, RefusedError(
+                    f"hold could not {self._request.get('op')}: {error}", reason="os_error",
+                    hint="see: journalctl -u bmigrate-hold, and the space left in /var/lib/bmigrate"))
+
+        return guarded
+
+
+class Workload:
+    """The state of one workload in this process.
+
+    Args:
+        config: its configuration. selector: the loop's. boot_id: of this boot.
+    """
+
+    def __init__(self, config: Config, selector: Any, boot_id: str) -> None:
+        self.config = config
+        self.name = config.workload
+        self.record = record.load(self.name)
+        self.held: dict[str, HeldDevice] = {}
+        self.errors: dict[str, BmigrateError] = {}
+        self.receivers = Receivers(self.name, selector, self._receiver_gone)
+        self._boot_id = boot_id
+        self._waiting: list[Callable[[], None]] = []
+        self._retry_at = 0.0
+        self._retry_seconds = RETRY_FIRST_SECONDS
+        self._session: tuple[Receiver, Connection] | None = None
+        self._udev_told: dict[str, str] = {}
+        self._udev_problem: dict[str, str] = {}
+
+    # -- taking and letting go ---------------------------------------------------------------------
+
+    def recover(self, stored: dict[str, int]) -> None:
+        """Go on where an earlier incarnation stopped: its descriptors and its receivers.
+
+        Args:
+            stored: descriptors of this workload from the service manager's store, by full name.
+        """
+        self.receivers.recover()
+        keep = self._must_be_held()
+        for name, fd in stored.items():
+            _, volume, hold_id = name.split(".")
+            known = any(item.name == volume for item in self.config.volumes)
+            if not keep or not known or volume in self.held:
+                log.info("workload %s: volume %s is let go, its role needs no hold", self.name, volume)
+                HeldDevice(self.name, volume, "", fd, 0, hold_id).release()
+                continue
+            device = devices.recover(self.name, volume, self.config.device(volume), hold_id, fd)
+            if device is None:
+                log.warning("workload %s: volume %s: the device held before is not the configured one any more",
+                            self.name, volume)
+                continue
+            old = self.record.volumes.get(volume)
+            if old is not None and old.hold_id == hold_id and old.boot_id == self._boot_id:
+                old.closed = None
+                self.held[volume] = device
+                log.info("workload %s: volume %s was held all the time", self.name, volume)
+            else:
+                self._judge(device)
+        if self.record.session_open and not self.receivers.alive:
+            self._sample()
+            self._note_session_closed()
+        if stored:
+            record.save(self.record)
+
+    def follow_role(self) -> None:
+        """Hold what the durable role says is a standby's, and tell udev; a failure is noted and tried again later."""
+        role = self._state_role()
+        if role == "standby":
+            now = time.monotonic()
+            if len(self.held) < len(self.config.volumes) and now >= self._retry_at:
+                self._take_missing()
+                self._retry_at = now + self._retry_seconds
+                self._retry_seconds = min(self._retry_seconds * 2, RETRY_LAST_SECONDS)
+            if len(self.held) == len(self.config.volumes):
+                self._retry_seconds = RETRY_FIRST_SECONDS
+        for item in self.config.volumes:
+            self._tell_udev(item.name, item.devices[self.config.host], role)
+
+    def take_now(self) -> None:
+        """Have the next follow_role() try at once."""
+        self._retry_at = 0.0
+
+    def hold_all(self) -> None:
+        """Hold all volumes or none more than before (quiesce, adopt, shutdown).
+
+        Raises:
+            RefusedError: reason ``device_busy``, naming the holders.
+        """
+        taken: list[HeldDevice] = []
+        try:
+            for item in self.config.volumes:
+                if item.name not in self.held:
+                    path = item.devices[self.config.host]
+                    taken.append(devices.take(self.name, item.name, path, os.urandom(16).hex()))
+        except BaseException:
+            for device in taken:
+                device.release()
+            raise
+        standby = self._state_role() == "standby"
+        for device in taken:
+            if not standby:
+                self.record.volumes.pop(device.volume, None)  # a source's volume: what was known of a replica is over
+            self._judge(device)
+        self.record.sealed = None
+        record.save(self.record)
+
+    def release_all(self, answer: Answer) -> None:
+        """Let go of all volumes once no receiver is left (promote, resume, uninstall); then answer.
+
+        Raises:
+            RefusedError: reason ``wrong_role`` while the durable role is standby.
+        """
+        if self._state_role() == "standby":
+            raise RefusedError(f"workload {self.name} is a standby on this host: its devices stay held",
+                               hint="only a promotion, or an uninstall, changes the role", reason="wrong_role")
+
+        def release() -> None:
+            self.record.volumes.clear()
+            self.record.sealed = None
+            self._note_session_closed()
+            record.save(self.record)
+            for device in self.held.values():
+                device.release()
+            self.held.clear()
+            self.follow_role()
+            answer.reply({})
+
+        self.when_quiet(answer.guard(release))
+
+    def close_orderly(self) -> None:
+        """Write the clean-close record of each held standby volume; call when no receiver is left."""
+        if self._state_role() != "standby" or self.receivers.alive:
+            return
+        self._sample()
+        for name, device in self.held.items():
+            item = self.record.volumes[name]
+            item.closed = {"boot_id": self._boot_id, "counters": item.counters,
+                           "superblock_digest": blockdev.superblock_digest(device.path)}
+        self._note_session_closed()
+        record.save(self.record)
+
+    # -- receivers, epochs, fences -----------------------------------------------------------------
+
+    def when_quiet(self, action: Callable[[], None]) -> None:
+        """Kill every receiver, and run `action` when the kernel says that all are gone."""
+        self._waiting.append(action)
+        self.receivers.kill_all()
+        self._proceed()
+
+    def register(self, connection: Connection, request: Request, hello: Hello) -> None:
+        """Give the connected receiver the next epoch, or refuse it; answers the request later.
+
+        Raises:
+            RefusedError: see ``admission.check``; nothing was killed.
+        """
+        self.follow_role()
+        self._admit(hello)
+        if any(item.pid == connection.peer_pid for item in self.receivers.alive):
+            raise RefusedError(f"process {connection.peer_pid} is registered already", reason="registered")
+        receiver = identify(connection.peer_pid)
+        poll = select.poll()
+        poll.register(connection.sock, select.POLLRDHUP)
+        if any(events & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _fd, events in poll.poll(0)):
+            # The peer has closed: the pid that the socket remembers may be another process by now.
+            os.close(receiver.pidfd)
+            raise RefusedError("the receiver is gone", reason="sender_gone")
+        self.when_quiet(lambda: self._grant(connection, request, hello, receiver))
+
+    def fence(self, answer: Answer) -> None:
+        """Let no receiver of any epoch so far write any more, durably, and admit no other; then answer."""
+
+        def seal() -> None:
+            self._sample()
+            self.record.epoch += 1
+            self.record.sealed = {"epoch": self.record.epoch, "state": state_mark(self.name),
+                                  "hold_ids": {name: item.hold_id for name, item in self.held.items()}}
+            self._note_session_closed()
+            record.save(self.record)
+            answer.reply({"epoch": self.record.epoch,
+                          "volumes": {item["volume"]: item for item in self.status_volumes()}})
+
+        self.when_quiet(answer.guard(seal))
+
+    def unseal(self) -> None:
+        """End a seal whose handover is over."""
+        current = state.load(self.name)
+        if self.record.sealed is not None and (current is None or current.handover is None):
+            self.record.sealed = None
+            record.save(self.record)
+
+    def clear_suspect(self, connection: Connection, volume: str) -> None:
+        """The session of this connection has compared the volume as a whole: it is no longer suspect.
+
+        Raises:
+            RefusedError: reason ``not_registered`` for anybody else.
+        """
+        if self._session is None or self._session[1] is not connection or self._session[0].killed:
+            raise RefusedError("only the receiver of the open session may end a suspicion", reason="not_registered")
+        if volume not in self.record.volumes:
+            raise RefusedError(f"workload {self.name} has no volume {volume} here", reason="unknown_volume")
+        self.record.volumes[volume].suspect = None
+        record.save(self.record)
+        log.info("workload %s: volume %s was compared and is no longer suspect", self.name, volume)
+
+    def refresh(self) -> None:
+        """Drop the caches of all volumes and compare; see HeldDevice.refresh.
+
+        Raises:
+            RefusedError: reason ``not_held`` when a volume is not held.
+        """
+        self.require_held()
+        for device in self.held.values():
+            device.check_path()
+            device.refresh()
+
+    def require_held(self) -> None:
+        """Raises: RefusedError, reason ``not_held``, unless all volumes are held."""
+        for item in self.config.volumes:
+            if item.name not in self.held:
+                raise self.errors.get(item.name) or RefusedError(
+                    f"volume {item.name} of workload {self.name} is not held exclusively", volume=item.name,
+                    reason="not_held", hint="see: journalctl -u bmigrate-hold")
+
+    def status_volumes(self) -> list[dict[str, Any]]:
+        """One dictionary for each volume; see docs/protocol.md."""
+        role = self._state_role()
+        found = []
+        for item in self.config.volumes:
+            device, known = self.held.get(item.name), self.record.volumes.get(item.name)
+            suspect = known.suspect if known is not None else None
+            sealed_ids = (self.record.sealed or {}).get("hold_ids")
+            same = sealed_ids is None or (device is not None and sealed_ids.get(item.name) == device.hold_id)
+            error = self.errors.get(item.name)
+            found.append({
+                "workload": self.name, "volume": item.name, "device": item.devices[self.config.host], "role": role,
+                "held": device is not None, "hold_id": device.hold_id if device else None,
+                "continuous": device is not None and suspect is None and same, "suspect": suspect,
+                "sealed": self.record.sealed is not None, "epoch": self.record.epoch,
+                "session_open": self.record.session_open,
+                "receivers": [receiver.pid for receiver in self.receivers.alive],
+                "error": error.to_dict() if error is not None and device is None else None,
+            })
+        return found
+
+    # -- inner workings ----------------------------------------------------------------------------
+
+    def _tell_udev(self, volume: str, path: str, role: str) -> None:
+        if self._udev_told.get(volume) == role:
+            return
+        try:
+            told = udev.mark(self.name, volume, path) if role == "standby" else udev.unmark(self.name, volume, path)
+            problem = None if told else "it has no serial number or UUID that udev knows"
+        except (BmigrateError, OSError) as error:
+            problem = str(error)
+        if problem is None:
+            self._udev_told[volume] = role
+            self._udev_problem.pop(volume, None)
+        elif self._udev_problem.get(volume) != problem:
+            self._udev_problem[volume] = problem
+            log.warning("workload %s: volume %s: udev cannot be told to leave %s alone: %s", self.name, volume, path,
+                        problem)
+
+    def _state_role(self) -> str:
+        current = state.load(self.name)
+        return current.role if current is not None else "none"
+
+    def _must_be_held(self) -> bool:
+        current = state.load(self.name)
+        return current is not None and (current.role == "standby" or current.handover is not None)
+
+    def _take_missing(self) -> None:
+        for item in self.config.volumes:
+            if item.name in self.held:
+                continue
+            try:
+                device = devices.take(self.name, item.name, item.devices[self.config.host], os.urandom(16).hex())
+            except BmigrateError as error:
+                log.error("workload %s: volume %s cannot be held, the next try is in %g s: %s", self.name, item.name,
+                          self._retry_seconds, error)
+                self.errors[item.name] = error
+                continue
+            self._judge(device)
+            record.save(self.record)
+
+    def _judge(self, device: HeldDevice) -> None:
+        """Put a device that was just taken on record, with what can be said of the time before."""
+        old = self.record.volumes.get(device.volume)
+        identity, counters = blockdev.identity(device.path), device.counters()
+        reason = suspicion.at_take(old, boot_id=self._boot_id, identity=identity, counters=counters,
+                                   superblock_digest=lambda: blockdev.superblock_digest(device.path))
+        self.record.volumes[device.volume] = VolumeRecord(
+            device.path, identity, self._boot_id, device.hold_id, counters.to_dict(), reason)
+        self.held[device.volume] = device
+        self.errors.pop(device.volume, None)
+        if reason is not None:
+            log.warning("workload %s: volume %s is suspect: %s", self.name, device.volume, reason)
+        log.info("workload %s: volume %s is held: %s", self.name, device.volume, device.path)
+
+    def _sample(self) -> None:
+        """Compare the write counters with the last sample, and note them; no receiver may be alive."""
+        for name, device in self.held.items():
+            item = self.record.volumes[name]
+            try:
+                counters = device.counters()
+                reason = suspicion.outside_session(item, self.record.session_open, counters)
+                item.counters = counters.to_dict()
+            except (BmigrateError, OSError) as error:
+                reason = item.suspect or f"its write counters cannot be read: {error}"
+            if reason is not None and item.suspect is None:
+                log.warning("workload %s: volume %s is suspect: %s", self.name, name, reason)
+            item.suspect = reason
+
+    def _note_session_closed(self) -> None:
+        if self.record.session is not None:
+            self.record.session["open"] = False
+
+    def _receiver_gone(self) -> None:
+        if self._session is not None and self._session[0] not in self.receivers.alive:
+            self._session = None
+        if not self.receivers.alive and self.record.session_open:
+            self._sample()
+            self._note_session_closed()
+            try:
+                record.save(self.record)
+            except OSError as error:  # on disk the session stays open, which is the careful reading
+                log.error("workload %s: the end of the session cannot be noted: %s", self.name, error)
+        self._proceed()
+
+    def _proceed(self) -> None:
+        while self._waiting and not self.receivers.alive:
+            self._waiting.pop(0)()
+            if self._waiting:
+                self.receivers.kill_all()
+
+    def _admit(self, hello: Hello) -> None:
+        geometry = {item.name: self.held[item.name].geometry if item.name in self.held else None
+                    for item in self.config.volumes}
+        admission.check(hello, state.load(self.name), self.record, geometry, state_mark(self.name))
+        for device in self.held.values():
+            device.check_path()
+
+    def _grant(self, connection: Connection, request: Request, hello: Hello, receiver: Receiver) -> None:
+        if connection.closed:
+            os.close(receiver.pidfd)
+            return
+        try:
+            self._admit(hello)  # the role may have changed while older receivers died
+            self._sample()
+            reason = suspicion.at_handshake(self.record, ackfile.read(self.name), hello)
+            for item in self.record.volumes.values():
+                if reason is not None and item.suspect is None:
+                    item.suspect = reason
+            if reason is not None:
+                log.warning("workload %s: all volumes are suspect: %s", self.name, reason)
+            last = hello.last_session.epoch if hello.last_session is not None else 0
+            self.record.epoch = receiver.epoch = max(self.record.epoch, last, hello.highest_epoch) + 1
+            self.record.sealed = None
+            self.record.session = {
+                "epoch": self.record.epoch, "session_id": os.urandom(16).hex(), "host": hello.host, "open": True,
+                "generation": {"number": hello.generation.number, "id": hello.generation.id}}
+            self.receivers.admit(receiver)
+            faults.point("hold.admitted")
+            record.save(self.record)
+            faults.point("hold.granted")
+        except (BmigrateError, OSError) as error:
+            if receiver in self.receivers.alive:
+                self.receivers.kill(receiver)
+            else:
+                os.close(receiver.pidfd)
+            connection.fail(request, error if isinstance(error, BmigrateError) else RefusedError(
+                f"the fence of workload {self.name} cannot be made durable: {error}", reason="os_error"))
+            return
+        self._session = (receiver, connection)
+        connection.on_close.append(lambda: self.receivers.kill(receiver))
+        log.info("workload %s: epoch %d, session %s is granted to process %d for %s", self.name, self.record.epoch,
+                 self.record.session["session_id"], receiver.pid, hello.host)
+        connection.reply(request, {
+            "epoch": self.record.epoch, "session_id": self.record.session["session_id"], "host": self.config.host,
+            "boot_id": self._boot_id, "silence_seconds": self.config.limits.silence_seconds,
+            "volumes": {name: {"device": device.path, "number": device.number, "size_bytes": device.geometry.size_bytes,
+                               "logical_block_size": device.geometry.logical_block_size,
+                               "suspect": self.record.volumes[name].suspect}
+                        for name, device in self.held.items()}})
+
+
+def state_mark(workload: str) -> list[int] | None:
+    """Something that changes whenever state.json is replaced (inode and modification time), None without one."""
+    try:
+        status = os.stat(state.state_file(workload))
+    except FileNotFoundError:
+        return None
+    return [status.st_ino, status.st_mtime_ns]
