@@ -99,6 +99,9 @@ def serve(link: Link, workload: str) -> str:
         raise RefusedError(f"the sender wants workload {hello.workload!r}, its key is for {workload!r}",
                            hint="each workload has its own key; run install.yml again", reason="wrong_workload")
     with rpc.Client(paths.hold_socket(), REGISTER_SECONDS) as hold:
+        # Hold kills us when the connection closes. A second descriptor keeps it open until this
+        # process ends, so that the reason for the end can still be told to the sender.
+        lifeline = os.dup(hold.fileno())
         grant = hold.call("register", workload=workload, hello=hello.to_dict())
         volumes: list[StandbyVolume] = []
         acks = None
@@ -107,7 +110,7 @@ def serve(link: Link, workload: str) -> str:
                 place = grant["volumes"][volume.name]
                 volumes.append(StandbyVolume(volume.name, place["device"], place["number"], volume.size_bytes))
             acks = AckFile(workload, grant["epoch"], grant["session_id"], hello.generation.id)
-            link.start_session(grant["epoch"], hold.fileno(), grant["silence_seconds"])
+            link.start_session(grant["epoch"], lifeline, grant["silence_seconds"])
             link.send(FrameType.WELCOME, payload=greeting.encode(_welcome(hello, grant)))
             log.info("workload %s: session %s of epoch %d with %s, process %d", workload, grant["session_id"],
                      grant["epoch"], hello.host, os.getpid())
