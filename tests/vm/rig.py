@@ -12,6 +12,7 @@ import base64
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 AGENT = Path(__file__).with_name("agent.py")
 WORKLOAD = "fault"
 DISK = 2
+BLOCK = 4096
 HOSTS = ("alpha", "beta")
 LIMIT_SECONDS = 240.0
 UNITS = {"breqd": "breqd.service", "hold": "bmigrate-hold.service", "ship": "bmigrate-ship.service"}
@@ -242,6 +244,43 @@ class Rig:
         """A file of a guest."""
         return base64.b64decode(self.agents[host].call("read", path=path))
 
+    # -- power ---------------------------------------------------------------------------------------------------
+
+    def power_cut(self, host: str) -> None:
+        """Cut the power of a guest: what it had not flushed is gone."""
+        self.lab.kill(host)
+        self.agents[host].close()
+
+    def power_on(self, host: str) -> None:
+        """Boot a guest that is off, and wait until ssh and breqd answer."""
+        started = time.monotonic()
+        self.lab.start(host)
+        self.wait_breqd(host)
+        self.times.append((f"boot of {host}", time.monotonic() - started))
+
+    def reboot(self, host: str, wait_for_breqd: bool = True) -> None:
+        """Reboot a guest in good order, and wait until ssh (and breqd) answer."""
+        started = time.monotonic()
+        self.agents[host].close()
+        self.lab.reboot(host)
+        if wait_for_breqd:
+            self.wait_breqd(host)
+        self.times.append((f"reboot of {host}", time.monotonic() - started))
+
+    def wait_breqd(self, host: str) -> None:
+        """Wait until breqd answers."""
+
+        def answers() -> bool:
+            try:
+                self.breqd(host, "status")
+            except LabError as error:
+                if "ConnectionRefused" in str(error) or "FileNotFound" in str(error):
+                    return False
+                raise
+            return True
+
+        wait(answers, LIMIT_SECONDS, f"breqd on {host} to answer", 0.3)
+
     # -- waiting -------------------------------------------------------------------------------------------------
 
     def wait_shipping(self, host: str, wanted: tuple[str, ...], limit_seconds: float = LIMIT_SECONDS) -> dict[str, Any]:
@@ -264,6 +303,22 @@ class Rig:
         return self.wait_shipping(self.primary(), ("in_step",), limit_seconds)
 
     # -- the truth -----------------------------------------------------------------------------------------------
+
+    def different_blocks(self) -> list[int]:
+        """Numbers of the 4 KiB blocks in which the raw files differ as they are now; nobody is asked to flush."""
+        left, right = (self.lab.disk_file(host, DISK).read_bytes() for host in HOSTS)
+        assert len(left) == len(right)
+        return [at // BLOCK for at in range(0, len(left), BLOCK) if left[at : at + BLOCK] != right[at : at + BLOCK]]
+
+    def marked_blocks(self, host: str) -> set[int]:
+        """The blocks of the bitmap file in a guest: dirty or claimed, after a barrier."""
+        self.breqd(host, "barrier", workload=WORKLOAD)
+        data = self.file(host, f"/var/lib/bmigrate/{WORKLOAD}/{self.volume}.bitmap")
+        # docs/on-disk.md: "<8sIIII6Q": magic, version, header, granule, reserved; size, blocks, map bytes, offset.
+        magic, _, _, granule, _, _, blocks, map_bytes, offset = struct.unpack_from("<8sIIII4Q", data)
+        assert magic == b"BREQDMAP" and granule == BLOCK, (magic, granule)
+        bits = data[offset : offset + map_bytes]
+        return {number for number in range(blocks) if bits[number // 8] >> (number % 8) & 1}
 
     def drain(self, host: str, limit_seconds: float = LIMIT_SECONDS) -> dict[str, Any]:
         """Drain and leave the workload sealed: `unseal` goes on. The writer must be paused."""
