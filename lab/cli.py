@@ -86,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
         copy = add(name, text, vm=True)
         copy.add_argument("source")
         copy.add_argument("target")
+    add("prune", "remove cached images that no instance uses and today's recipe does not make")
     control = add("control", "talk to a guest's disk server: counters, delays, failures (JSON)", vm=True)
     control.add_argument("json", nargs="?", default='{"op": "stats"}')
     return top
@@ -156,6 +157,9 @@ def run(args: argparse.Namespace) -> int:
         lab.put(args.name, args.source, args.target)
     elif args.command == "get":
         lab.get(args.name, args.source, args.target)
+    elif args.command == "prune":
+        for path in lab.prune():
+            say(f"removed {path}")
     elif args.command == "control":
         print(json.dumps(lab.control(args.name, json.loads(args.json)), indent=1))
     else:

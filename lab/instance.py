@@ -104,7 +104,10 @@ class Lab:
     # -- making it ---------------------------------------------------------------------------------------------
 
     def _create(self) -> None:
-        base = image.ensure()
+        # An instance stays with the image that its overlays rest on, also when the recipe has changed since.
+        base = image.Image(Path(self._facts()["image"])) if self.exists() else image.ensure()
+        if not base.root.exists():
+            raise LabError(f"lab {self.name}: its image {base.directory} is gone: run `python3 -m lab down`, then up")
         if not self.exists():
             self._write_instance(base)
         for guest in self._guests():
@@ -211,6 +214,17 @@ class Lab:
                 self.kill(guest.name)
         if not keep:
             shutil.rmtree(self.directory)
+
+    @staticmethod
+    def prune() -> list[Path]:
+        """Remove the images that no instance rests on and that today's recipe does not make; returns them."""
+        used = {paths.images_directory() / image.recipe_hash()}
+        for facts in paths.instance_directory("x").parent.glob("*/instance.json"):
+            used.add(Path(json.loads(facts.read_text())["image"]))
+        unused = [path for path in paths.images_directory().iterdir() if path.is_dir() and path not in used]
+        for path in unused:
+            shutil.rmtree(path)
+        return unused
 
     def link(self, up: bool, name: str | None = None) -> None:
         """Plug the LAN between the guests in or out, at one guest or at both."""

@@ -20,7 +20,7 @@ from lab.errors import LabError
 
 COMMAND_LINE = (
     "root=/dev/vda rw console=ttyS0,115200 mitigations=off no_timer_check tsc=reliable rcupdate.rcu_expedited=1 "
-    "random.trust_cpu=on apparmor=0 audit=0 8250.nr_uarts=1 panic=0 oops=panic systemd.show_status=0 "
+    "random.trust_cpu=on apparmor=0 audit=0 8250.nr_uarts=1 panic=0 oops=panic systemd.show_status=error "
     "systemd.log_level=warning cryptomgr.notests edd=off net.ifnames=0 selinux=0"
 )
 
@@ -56,13 +56,13 @@ def arguments(vm: str, index: int, ports: Ports, peer_lan_port: int, kernel: Pat
     accelerate = (
         ["-accel", "kvm", "-cpu", "host"]
         if can_virtualise()
-        else ["-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max,la57=off"]
+        else ["-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max,la57=off,svm=off"]
     )
     argv = [
         "qemu-system-x86_64",
         *("-name", label),
         *("-nodefaults", "-no-user-config", "-display", "none"),
-        *("-machine", "pc,usb=off,vmport=off,hpet=off,i8042=off"),
+        *("-machine", "q35,sata=off,smbus=off,usb=off,vmport=off,hpet=off,i8042=off"),
         *accelerate,
         *("-smp", cpus, "-m", memory),
         *("-kernel", str(kernel), "-initrd", "initramfs.cpio", "-append", COMMAND_LINE),
@@ -113,7 +113,7 @@ def connect(path: Path) -> socket.socket:
 
 
 def monitor(path: Path, command: str, arguments: dict[str, Any] | None = None, limit_seconds: float = 20) -> Any:
-    """Run one QMP command and return its result; None when QEMU ends without an answer, as `quit` may.
+    """Run one QMP command and return its result; None when QEMU ended without an answer.
 
     Raises:
         LabError: QEMU refused it.
