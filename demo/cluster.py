@@ -8,9 +8,6 @@ fsync and synchronous_commit on, the WAL on the volume. Nothing here knows of bm
 from __future__ import annotations
 
 import secrets
-from pathlib import Path
-
-import psycopg
 
 from lab import Lab, LabError
 
@@ -100,28 +97,29 @@ class Cluster:
         """Whether the server on a host takes connections."""
         return self.box.ssh(host, "pg_isready -q", check=False).returncode == 0
 
+    def crash(self, host: str) -> None:
+        """End the server as a crash would: no checkpoint, so its next start needs the WAL."""
+        self.box.ssh(
+            host,
+            f"systemctl kill -s QUIT --kill-whom=main {SERVICE}; "
+            f"for i in $(seq 600); do systemctl is-active -q {SERVICE} || exit 0; sleep 0.1; done; exit 1",
+        )
+
     def corrupt_one_wal_block(self, host: str, lsn: str) -> str:
         """Overwrite, with the server stopped, the 8 KiB WAL page that holds a position; returns where that was."""
         segment_bytes, page_bytes = 16 << 20, 8192
         high, low = (int(part, 16) for part in lsn.split("/"))
         position = (high << 32) + low
-        timeline = int(self.box.ssh(host, f"ls {DATA}/pg_wal | grep -E '^[0-9A-F]{{24}}$' | sort | tail -1").stdout[:8], 16)
+        timeline = int(
+            self.box.ssh(host, f"ls {DATA}/pg_wal | grep -E '^[0-9A-F]{{24}}$' | sort | tail -1").stdout[:8], 16
+        )
         per_id = (1 << 32) // segment_bytes
         number = position // segment_bytes
         name = f"{timeline:08X}{number // per_id:08X}{number % per_id:08X}"
         page = position % segment_bytes // page_bytes
         self.box.ssh(
             host,
-            f"dd if=/dev/urandom of={DATA}/pg_wal/{name} bs={page_bytes} seek={page} count=1 conv=notrunc,fsync status=none",
+            f"dd if=/dev/urandom of={DATA}/pg_wal/{name} bs={page_bytes} seek={page} count=1 "
+            "conv=notrunc,fsync status=none",
         )
         return f"{name}, page {page}"
-
-
-def connect(conninfo: str) -> psycopg.Connection[tuple[int]]:
-    """A connection as the client makes it."""
-    return psycopg.connect(conninfo, autocommit=True)
-
-
-def write_log_path(directory: Path) -> Path:
-    """Where the client's events go."""
-    return directory / "client.events"
