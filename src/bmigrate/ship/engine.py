@@ -1,0 +1,512 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""One workload's shipper: a thread that keeps a session open while one is wanted, and passes going.
+
+Promises: whatever ends a session, the next one begins with a new epoch, after a growing pause; a
+request is always answered; the state shown is derived from facts (``verdict``), never set. It never
+decides a role: that is in state.json, which others write.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from typing import Any
+
+from bmigrate.common import paths, state
+from bmigrate.common.config import Config
+from bmigrate.common.errors import (
+    BmigrateError,
+    DefectError,
+    PhaseError,
+    RefusedError,
+    SuspectError,
+    UnreachableError,
+)
+from bmigrate.ship import drain as drains
+from bmigrate.ship import status, verdict, verify, wanted
+from bmigrate.ship.jobs import Job
+from bmigrate.ship.pacer import Pacer
+from bmigrate.ship.pacing import backoff
+from bmigrate.ship.passes import PassResult, run_pass
+from bmigrate.ship.rates import DirtyRate, ShipRate, predicted_drain_seconds
+from bmigrate.ship.record import Record
+from bmigrate.ship.resync import Resync
+from bmigrate.ship.session import Session
+from bmigrate.ship.tracker import Snapshot
+from bmigrate.ship.transport import Transport
+from bmigrate.ship.wanted import Wanted
+
+IN_STEP_INTERVAL_SECONDS = 0.3
+"""Rest between two passes that found little: small writes gather meanwhile and cost less."""
+PATIENCE_SECONDS = {"drain": 15.0, "verify": 15.0, "converge": 60.0}
+"""How long a job waits for a session that is not there."""
+_log = logging.getLogger("ship")
+
+
+class Engine(threading.Thread):
+    """The shipper of one workload. ``start`` it; ``stop`` and ``join`` end it.
+
+    Args:
+        config: of the workload.
+        transport: carries its sessions.
+    """
+
+    def __init__(self, config: Config, transport: Transport) -> None:
+        super().__init__(name=f"ship-{config.workload}", daemon=True)
+        self.config = config
+        self.transport = transport
+        self.record = Record(config.workload)
+        self.pacer = Pacer(config.limits.bandwidth_bytes_per_second)
+        self.trend = verdict.Trend()
+        self.dirty_rate = DirtyRate()
+        self.ship_rate = ShipRate()
+        self.totals = status.Totals()
+        self.session: Session | None = None
+        self.snapshot: Snapshot | None = None
+        self.activity: str | None = None
+        self.progress: dict[str, int] | None = None
+        self.limiter: str | None = None
+        self.last_error: BmigrateError | None = None
+        self.defect: BaseException | None = None
+        self._sealed_by: str | None = None
+        self._drained: dict[str, dict[str, Any]] = {}
+        self._unsealed: frozenset[str] = frozenset()
+        self._attempt = 0
+        self._disconnected_since = time.monotonic()
+        self._jobs: deque[Job] = deque()
+        self._converging: list[Job] = []
+        self._wake = threading.Condition()
+        self._woken = False
+        self._stopping = False
+        self._state = state.load(config.workload)
+
+    # -- from the daemon's loop --------------------------------------------------------------------
+
+    def post(self, job: Job) -> None:
+        """Take in a job; it is answered by this engine whatever happens.
+
+        Raises:
+            RefusedError, PhaseError, SuspectError: it cannot be done now.
+        """
+        now = self.wanted()
+        run_id = str(job.fields.get("run_id"))
+        if job.kind == "drain" and now.what == "sealed" and run_id in self._drained:
+            job.done(self._drained[run_id])
+            return
+        if now.what == "sealed":
+            raise PhaseError(
+                f"workload {self.config.workload} is drained and sealed for another run",
+                hint="finish that handover, or give it up: bmigrate handover resume",
+                reason="sealed",
+            )
+        if now.what != "ship":
+            raise RefusedError(
+                f"workload {self.config.workload} is not shipped from this host: {now.reason}",
+                hint="see: bmigrate status",
+                reason=now.what,
+            )
+        if job.kind == "drain" and self.activity == "resyncing":
+            raise SuspectError(
+                "the volumes are being compared by checksum; a drain needs a workload that is in step",
+                hint="bmigrate sync --wait",
+                reason="suspect",
+            )
+        with self._wake:
+            (self._converging if job.kind == "converge" else self._jobs).append(job)
+            if job.kind in ("converge", "drain"):
+                self.pacer.urgent.set()
+        self.wake()
+
+    def wake(self) -> None:
+        """Have the thread look at what changed."""
+        with self._wake:
+            self._woken = True
+            self._wake.notify_all()
+
+    def pause(self, paused: bool) -> bool:
+        """Pause or go on, durably; returns whether that changed anything."""
+        if self.record.paused == paused:
+            return False
+        self.record.paused = paused
+        self.record.save()
+        self.wake()
+        return True
+
+    def unseal(self) -> bool:
+        """Lift the seal of a drain; returns whether there was one."""
+        sealed = self.wanted().what == "sealed"
+        handover = (self._state.handover if self._state is not None else None) or {}
+        lifted = {run_id for run_id in (self._sealed_by, handover.get("run_id")) if run_id}
+        self._unsealed = self._unsealed | lifted
+        self._sealed_by = None
+        self._attempt = 0
+        self.wake()
+        return sealed
+
+    def reload(self) -> None:
+        """state.json may have changed."""
+        self._state = state.load(self.config.workload)
+        if self._sealed_by is not None and not wanted.keeps_seal(self._state, self._sealed_by):
+            self._sealed_by = None
+        self.wake()
+
+    def refresh_state(self) -> None:
+        """Notice a state.json that changed without a word; a seal stays."""
+        fresh = state.load(self.config.workload)
+        if fresh != self._state:
+            self._state = fresh
+            self.wake()
+
+    def reconnect(self) -> bool:
+        """End the session, if there is one, and open a new one at once."""
+        session = self.session
+        self._attempt = 0
+        if session is not None:
+            session.fail(UnreachableError("the operator asked for a new session", reason="reconnect"))
+        self.wake()
+        return session is not None
+
+    def observe(self, snapshot: Snapshot | None) -> None:
+        """Take in breqd's view, sampled by the daemon about once a second; None: breqd does not answer."""
+        self.snapshot = snapshot
+        if snapshot is not None:
+            self.dirty_rate.sample(time.monotonic(), snapshot.written_bytes, snapshot.counting)
+            self.pacer.foreground_writes = (self.dirty_rate.bytes_per_second or 0.0) > 1024.0
+
+    def stop(self) -> None:
+        """Ask the thread to end; ``join`` it afterwards."""
+        self._stopping = True
+        self.pacer.urgent.set()
+        self.wake()
+
+    def wanted(self) -> Wanted:
+        """What the thread should be doing."""
+        return wanted.decide(self._state, self.record.paused, self._sealed_by, self._unsealed)
+
+    # -- the thread --------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until stopped: a session while one is wanted."""
+        try:
+            while not self._stopping:
+                if self.wanted().what != "ship":
+                    self._refuse_jobs()
+                    self._sleep(5.0)
+                    continue
+                self._one_session()
+        except BaseException as exc:
+            self.defect = exc
+            _log.exception("workload %s: the shipper failed", self.config.workload)
+        finally:
+            self._refuse_jobs()
+
+    def _one_session(self) -> None:
+        try:
+            generation = self._state.generation if self._state is not None else None
+            assert generation is not None
+            session = Session.open(
+                self.config, generation, self.record, self.ship_rate, self.transport, paths.breqd_socket()
+            )
+        except (BmigrateError, OSError) as exc:
+            self._note(exc)
+            self._attempt += 1
+            self._fail_waiting()
+            self._sleep(backoff(self._attempt))
+            return
+        peer = self.config.peer.name
+        _log.info("workload %s: session of epoch %d with %s", self.config.workload, session.epoch, peer)
+        self._attempt = 0
+        self.last_error = None
+        self.trend.disconnected()
+        session.on_durable = self.totals.durable
+        self.session = session
+        farewell = False
+        try:
+            self._serve(session)
+            farewell = True
+        except (BmigrateError, OSError) as exc:
+            # what a thread of the session saw first explains more than what followed from it
+            self._note(session.failure or exc)
+            self._attempt += 1
+        finally:
+            self.session = None
+            self.activity = None
+            self.progress = None
+            self._disconnected_since = time.monotonic()
+            session.close(farewell)
+        if not farewell:
+            self._sleep(backoff(self._attempt))
+
+    def _note(self, exc: Exception) -> None:
+        error = exc if isinstance(exc, BmigrateError) else RefusedError(str(exc), reason="os_error")
+        if self.last_error is None or str(self.last_error) != str(error):
+            _log.warning("workload %s: %s", self.config.workload, error)
+        self.last_error = error
+
+    def _serve(self, session: Session) -> None:
+        """Work in an open session until it is no longer wanted; its failure is raised."""
+        while not self._stopping and self.wanted().what == "ship":
+            session.check()
+            if self._run_job(session):
+                continue
+            before = session.snapshot()
+            self.snapshot = before
+            self._check_attached(before)
+            if self._resync(session, before):
+                continue
+            if before.left_bytes or session.in_flight_claims:
+                self._pass(session, before)
+            else:
+                self._passed(PassResult(), before, before)
+            self._judge_converging()
+            if self.trend.caught_up:
+                self._sleep(0.05 if self._converging else IN_STEP_INTERVAL_SECONDS)
+
+    def _check_attached(self, snapshot: Snapshot) -> None:
+        """A volume whose writes are no longer recorded cannot be shipped, and a resync would prove nothing."""
+        for volume in self.config.volumes:
+            tracked = snapshot.volumes.get(volume.name)
+            if tracked is None or not tracked.attached:
+                raise RefusedError(
+                    f"breqd no longer tracks volume {volume.name}"
+                    + (f": {tracked.suspect}" if tracked is not None and tracked.suspect else ""),
+                    volume=volume.name,
+                    hint="see: bmigrate status, and systemctl status breqd",
+                    reason="not_attached",
+                )
+
+    def _interrupted(self) -> bool:
+        """Whether a walk should end early: something else is wanted, or a drain waits."""
+        if self._stopping or self.wanted().what != "ship":
+            return True
+        return any(job.kind == "drain" and not job.over for job in list(self._jobs))
+
+    def _pass(self, session: Session, before: Snapshot) -> None:
+        result = run_pass(session, self.pacer, self._interrupted)
+        if not result.complete:
+            return
+        if result.claims or session.in_flight_claims:
+            session.settle()
+        after = session.snapshot()
+        self.snapshot = after
+        self._passed(result, before, after)
+
+    def _passed(self, result: PassResult, before: Snapshot, after: Snapshot) -> None:
+        """A pass is complete and durable: what does it say?"""
+        self.limiter = result.limiter
+        fresh = {name: item.seed_count for name, item in before.volumes.items()}
+        if any(self.record.seeded.get(name) != count for name, count in fresh.items()):
+            # the walk began after these seeds and visited everything, so each volume was shipped once
+            self.record.seeded.update(fresh)
+            self.record.save()
+        self.trend.finished(before.left_bytes, after.left_bytes, self.predicted(after), self._limit())
+
+    def _limit(self) -> float:
+        return self.config.limits.max_drain_seconds
+
+    def predicted(self, snapshot: Snapshot | None) -> float | None:
+        """Predicted seconds of a drain, or None when unknown."""
+        if snapshot is None:
+            return None
+        rate = self.ship_rate
+        return predicted_drain_seconds(
+            snapshot.left_bytes, rate.bytes_per_second, rate.latency_seconds, self.dirty_rate.bytes_per_second
+        )
+
+    def seeding(self) -> bool:
+        """Whether a volume was not completely shipped once since its last seed."""
+        if self.snapshot is None:
+            return False
+        seeded = self.record.seeded
+        return any(seeded.get(name) != item.seed_count for name, item in self.snapshot.volumes.items())
+
+    # -- resync ------------------------------------------------------------------------------------
+
+    def _resync(self, session: Session, snapshot: Snapshot) -> bool:
+        """Compare the suspect volumes; returns whether there were any."""
+        reasons = {**session.standby_suspects, **snapshot.suspects}
+        volumes = [volume for volume in session.volumes if volume.name in reasons]
+        if not volumes:
+            return False
+        _log.warning("workload %s: resync of %s", self.config.workload, ", ".join(sorted(reasons)))
+        self.activity = "resyncing"
+        self.progress = {"done_bytes": 0, "total_bytes": sum(volume.size_bytes for volume in volumes)}
+        self.trend.disconnected()
+        try:
+            for volume in volumes:
+                Resync(session, self.pacer, volume, self._interrupted, self._hashed).run()
+        except RefusedError as error:
+            if error.reason != "interrupted":
+                raise
+        finally:
+            self.activity = None
+            self.progress = None
+        return True
+
+    def _hashed(self, count: int) -> None:
+        self.totals.hashed_bytes += count
+        if self.progress is not None:
+            self.progress["done_bytes"] += count
+
+    # -- jobs --------------------------------------------------------------------------------------
+
+    def _run_job(self, session: Session) -> bool:
+        with self._wake:
+            job = self._jobs.popleft() if self._jobs else None
+        if job is None:
+            return False
+        if job.over:
+            self._calm()
+            return True
+        try:
+            if job.kind == "drain":
+                self._drain(session, job)
+            else:
+                self._verify(session, job)
+        except BmigrateError as error:
+            job.failed(session.failure or error)
+            session.check()
+        except OSError as exc:
+            job.failed(RefusedError(str(exc), reason="os_error"))
+            raise
+        finally:
+            if not job.over:
+                job.failed(DefectError(f"{job.kind} ended without an answer", reason="unexpected"))
+            self._calm()
+        return True
+
+    def _calm(self) -> None:
+        """Pacing comes back when no handover waits."""
+        with self._wake:
+            busy = bool(self._converging) or any(job.kind == "drain" for job in self._jobs)
+            if not busy and not self._stopping:
+                self.pacer.urgent.clear()
+
+    def _drain(self, session: Session, job: Job) -> None:
+        self.activity = "draining"
+        try:
+            result = drains.drain(session, self.pacer, job.deadline, self._drain_progress)
+            run_id = str(job.fields.get("run_id"))
+            # Sealed before anybody hears of it: from the answer on nothing may reach the standby any more.
+            self._unsealed = self._unsealed - {run_id}
+            self._sealed_by = run_id
+            self._drained = {run_id: result}
+            job.done(result)
+        finally:
+            self.activity = None
+            self.progress = None
+
+    def _drain_progress(self, done: int, total: int) -> None:
+        self.progress = {"done_bytes": done, "total_bytes": max(done, total)}
+
+    def _verify(self, session: Session, job: Job) -> None:
+        self.progress = {"done_bytes": 0, "total_bytes": sum(volume.size_bytes for volume in session.volumes)}
+        try:
+            outcome = verify.verify(session, self.pacer, lambda: job.cancelled or self._interrupted(), self._hashed)
+            if outcome.different and job.fields.get("mark"):
+                for name, extents in outcome.different.items():
+                    session.mark(name, extents, "verify found it different")
+            job.done({**outcome.to_dict(), "marked": bool(outcome.different and job.fields.get("mark"))})
+        finally:
+            self.progress = None
+
+    def _judge_converging(self) -> None:
+        """Answer the converge jobs that are reached or out of time."""
+        snapshot = self.snapshot
+        for job in list(self._converging):
+            predicted = self.predicted(snapshot)
+            limit = float(job.fields["max_drain_seconds"])
+            if self.trend.passes and snapshot is not None and self._clean(snapshot) and predicted is not None:
+                if predicted <= limit and self.trend.caught_up:
+                    job.done({"predicted_drain_seconds": predicted, "bytes_left": snapshot.left_bytes})
+            if not job.over and time.monotonic() > job.deadline:
+                job.failed(self._not_converging(limit, predicted))
+        self._drop_answered()
+
+    def _clean(self, snapshot: Snapshot) -> bool:
+        return not snapshot.suspects and not self.seeding() and self.session is not None
+
+    def _not_converging(self, limit: float, predicted: float | None) -> RefusedError:
+        name, reason = self.state()
+        expected = "unknown" if predicted is None else f"{predicted:.1f} s"
+        return RefusedError(
+            f"workload {self.config.workload} does not converge: state {name}"
+            + (f" ({reason})" if reason else "")
+            + f", predicted drain {expected}, allowed {limit:g} s",
+            hint="lower the load, raise the bandwidth limit, or raise limits.max_drain_seconds",
+            reason="not_converging",
+        )
+
+    def _drop_answered(self) -> None:
+        with self._wake:
+            self._converging = [job for job in self._converging if not job.over]
+        self._calm()
+
+    def _fail_waiting(self) -> None:
+        """No session: answer who cannot wait for the next one."""
+        lost = time.monotonic() - self._disconnected_since
+        error = self.last_error or UnreachableError("no session with the standby", reason="disconnected")
+        final = isinstance(error, RefusedError)
+        with self._wake:
+            for job in [*self._jobs, *self._converging]:
+                if final or lost > PATIENCE_SECONDS[job.kind] or time.monotonic() > job.deadline:
+                    job.failed(error)
+            self._jobs = deque(job for job in self._jobs if not job.over)
+        self._drop_answered()
+
+    def _refuse_jobs(self) -> None:
+        now = self.wanted()
+        with self._wake:
+            waiting = [*self._jobs, *self._converging]
+            self._jobs.clear()
+            self._converging = []
+        for job in waiting:
+            job.failed(
+                RefusedError(
+                    f"workload {self.config.workload} is not shipped from this host: {now.reason or now.what}",
+                    hint="see: bmigrate status",
+                    reason=now.what if now.what != "ship" else "stopping",
+                )
+            )
+        self._calm()
+
+    def _sleep(self, seconds: float) -> None:
+        with self._wake:
+            if not self._woken:
+                self._wake.wait(seconds)
+            self._woken = False
+
+    # -- what it shows -----------------------------------------------------------------------------
+
+    def state(self) -> tuple[str, str | None]:
+        """The state and its reason."""
+        now, snapshot, session = self.wanted(), self.snapshot, self.session
+        suspects: dict[str, str] = {}
+        if session is not None:
+            suspects.update(session.standby_suspects)
+        if snapshot is not None:
+            suspects.update(snapshot.suspects)
+        problem = self.last_error
+        facts = verdict.Facts(
+            wanted="ship" if now.what == "sealed" else now.what,
+            wanted_reason=now.reason,
+            connected=session is not None,
+            problem=str(problem) if problem is not None else None,
+            activity=self.activity,
+            sealed=now.what == "sealed",
+            suspect="; ".join(f"{name}: {reason}" for name, reason in sorted(suspects.items())) or None,
+            seeding=self.seeding(),
+            left_bytes=snapshot.left_bytes if snapshot is not None else 0,
+            predicted_seconds=self.predicted(snapshot),
+            limit_seconds=self._limit(),
+            dirty_rate=self.dirty_rate.bytes_per_second,
+            ship_rate=self.ship_rate.bytes_per_second,
+            limiter=self.limiter,
+        )
+        return verdict.judge(facts, self.trend)
+
+    def report(self) -> dict[str, Any]:
+        """The status entry of this workload."""
+        return status.entry(self)

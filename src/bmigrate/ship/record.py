@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""ship.json and ship.ack: what this side remembers of the last session, and what the operator paused.
+
+Promises: the acknowledgement number is stored *before* breqd is told to clear the claims that it
+covers. At the next handshake a standby whose own record is behind this one has lost acknowledged
+data (a reverted snapshot, a restored disk) and becomes suspect; were the order reversed, a kill
+between the two steps could hide exactly that.
+
+ship.json holds the session and is replaced durably when one opens. The number changes many times
+a second, so it is 24 bytes overwritten in place in ship.ack: {u64 epoch, u64 number, u32 crc32,
+u32 0}, little-endian. It is not fsynced: it survives a kill of the daemon, and a crash of the host makes
+the volumes suspect anyway.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from typing import Any
+
+from bmigrate.common import atomic, paths
+
+SCHEMA = 1
+_ACK = struct.Struct("<QQI4x")
+
+
+class Record:
+    """What one workload's shipper remembers.
+
+    Attributes:
+        session: {epoch, session_id} of the last session, or None.
+        ack: number of the last SYNC acknowledged in it.
+        damaged: the number could not be read back; every volume must be taken for suspect.
+        paused: set by the operator, kept over restarts.
+        seeded: volume -> number of the seed that was completely shipped once.
+
+    Raises:
+        DefectError: ship.json is damaged.
+    """
+
+    def __init__(self, workload: str) -> None:
+        directory = paths.state_dir(workload)
+        self.path = directory / "ship.json"
+        self.ack_path = directory / "ship.ack"
+        stored = atomic.read_json(self.path, {})
+        self.session: dict[str, Any] | None = stored.get("session")
+        self.paused = bool(stored.get("paused", False))
+        self.seeded: dict[str, int] = {str(name): int(count) for name, count in stored.get("seeded", {}).items()}
+        self.ack = 0
+        self.damaged = False
+        self._fd: int | None = None
+        if self.session is not None:
+            self._read_ack(int(self.session["epoch"]))
+
+    def _read_ack(self, epoch: int) -> None:
+        try:
+            raw = self.ack_path.read_bytes()
+        except FileNotFoundError:
+            return
+        if len(raw) != _ACK.size:
+            self.damaged = True
+            return
+        stored_epoch, number, crc = _ACK.unpack(raw)
+        if crc != zlib.crc32(raw[:16]):
+            self.damaged = True
+        elif stored_epoch == epoch:
+            self.ack = number
+
+    def save(self) -> None:
+        """Replace ship.json durably."""
+        atomic.make_directory(self.path.parent)
+        content = {"schema": SCHEMA, "session": self.session, "paused": self.paused, "seeded": self.seeded}
+        atomic.replace_json(self.path, content)
+
+    def last_session(self) -> dict[str, Any] | None:
+        """For HELLO: {epoch, session_id, ack}, or None before the first session."""
+        return None if self.session is None else {**self.session, "ack": self.ack}
+
+    def opened(self, epoch: int, session_id: str) -> None:
+        """A session was opened; durable. ship.json first: a number is believed only for the epoch it names."""
+        self.session = {"epoch": epoch, "session_id": session_id}
+        self.save()
+        self.damaged = False
+        self.acked(0)
+
+    def acked(self, number: int) -> None:
+        """SYNC ``number`` of the session was acknowledged; call before breqd clears anything."""
+        assert self.session is not None
+        self.ack = number
+        raw = struct.pack("<QQ", int(self.session["epoch"]), number)
+        if self._fd is None:
+            self._fd = os.open(self.ack_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.pwrite(self._fd, _ACK.pack(int(self.session["epoch"]), number, zlib.crc32(raw)), 0)
+
+    def close(self) -> None:
+        """Close the file of the number."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Resync of a suspect volume: every block is compared by checksum, and only what differs is sent.
+
+How: the whole volume is marked dirty, then walked like in a pass, but each claim is compared
+before it is sent: our own O_DIRECT read of the claimed blocks against the digests (BLAKE2b, 128
+bits, one per granule) of the standby's own direct read. Equal granules are not sent. Then the
+claim goes the way of every claim: SYNC, durable acknowledgement, cleared.
+
+Why a write during the comparison is safe. (1) A block is read after it was claimed: a write that the read
+misses completes later, is recorded later, and makes the block dirty again, whatever the comparison
+says. (2) Frames are handled in the order in which they were sent: the standby computes the digest after all
+data that this session sent before, and no older receiver lives (the fence). (3) Nothing that was read earlier
+is sent after a newer read of the same block: a pass visits a block once, and the comparisons under way
+are finished before the next pass begins. So "equal" means that the replica's block is what we read
+after the claim, and everything newer is dirty.
+
+Why "equal" may be acknowledged. The standby's block may sit in a volatile cache, written by a
+receiver that was killed before its flush, and breceive flushes only volumes that this session wrote
+to. So the first granule of each resynced volume is always sent: the flush before the
+acknowledgement then covers the whole device.
+
+A volume stays suspect, on both sides, until all of it was compared: the standby clears its note
+first, then breqd; a death in between or before finds at least one of them, and it begins anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from typing import Callable, NamedTuple
+
+from bmigrate.common import faults, ranges
+from bmigrate.common.errors import RefusedError
+from bmigrate.ship.pacer import Pacer
+from bmigrate.ship.passes import CLAIM_BYTES, Sender
+from bmigrate.ship.session import Session
+from bmigrate.ship.source import READ_BYTES, SourceVolume
+from bmigrate.ship.window import Claim
+from bmigrate.wire import frames
+from bmigrate.wire.frames import FrameType
+
+PIECES_UNDER_WAY = 8
+
+
+def digests(data: bytes, chunk_bytes: int) -> bytes:
+    """16-byte BLAKE2b digests of each chunk, concatenated, as in a HASHES frame."""
+    view = memoryview(data)
+    return b"".join(
+        hashlib.blake2b(view[start : start + chunk_bytes], digest_size=frames.HASH_DIGEST_BYTES).digest()
+        for start in range(0, len(data), chunk_bytes)
+    )
+
+
+def differing(own: bytes, other: bytes, length: int, chunk_bytes: int) -> list[tuple[int, int]]:
+    """(offset, length) of the runs of chunks whose digests differ, relative to the piece.
+
+    Args:
+        own, other: concatenated digests of the same range. length: of the range in bytes.
+    """
+    size = frames.HASH_DIGEST_BYTES
+    if own == other:
+        return []
+    return ranges.merge(
+        (at * chunk_bytes, min(chunk_bytes, length - at * chunk_bytes))
+        for at in range(len(own) // size)
+        if own[at * size : at * size + size] != other[at * size : at * size + size]
+    )
+
+
+def ask(session: Session, volume: SourceVolume, offset: int, length: int) -> None:
+    """Ask the standby for the digests of a range, one per granule of the source."""
+    session.request(
+        FrameType.HASH,
+        FrameType.HASHES,
+        frames.chunk_count(length, volume.granule_bytes),
+        volume=volume.index,
+        offset=offset,
+        aux=length,
+        payload=frames.encode_chunk(volume.granule_bytes),
+    )
+
+
+class _Piece(NamedTuple):
+    claim: Claim
+    offset: int
+    data: bytes
+    last: bool
+
+
+class Resync:
+    """Resync of one volume in an open session.
+
+    Args:
+        interrupted: asked before each claim; the volume stays suspect then.
+        progress: called with bytes compared so far, and with each amount hashed.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        pacer: Pacer,
+        volume: SourceVolume,
+        interrupted: Callable[[], bool],
+        progress: Callable[[int], None],
+    ) -> None:
+        self._session = session
+        self._pacer = pacer
+        self._volume = volume
+        self._interrupted = interrupted
+        self._progress = progress
+        self._sender = Sender(session, pacer)
+        self._under_way: deque[_Piece] = deque()
+        self.different_bytes = 0
+
+    def run(self) -> None:
+        """Compare everything, ship what differs, and clear the suspicion on both sides.
+
+        Raises:
+            RefusedError: reason ``interrupted``.
+            BmigrateError: the session is over.
+        """
+        session, name = self._session, self._volume.name
+        self._pacer.begin()
+        # What an earlier claim of this session has under way must be durable before the same blocks are
+        # claimed and compared: breqd hands out no block twice, and the walk below must not miss one.
+        session.settle()
+        resync_id = session.breqd(lambda tracker: tracker.resync_begin(name))
+        session.mark(name, [(0, self._volume.size_bytes)], "resync")
+        self._walk()
+        session.settle()
+        faults.point("ship.resync_compared")
+        session.request(FrameType.RESYNC_DONE, FrameType.RESYNC_DONE, 0, volume=self._volume.index)
+        session.answer()
+        faults.point("ship.resync_done")
+        session.standby_suspects.pop(name, None)
+        session.breqd(lambda tracker: tracker.resync_end(name, resync_id))
+
+    def _walk(self) -> None:
+        offset = 0
+        while offset < self._volume.size_bytes:
+            if self._interrupted():
+                raise RefusedError("the resync was interrupted", volume=self._volume.name, reason="interrupted")
+            claim = self._session.claim(self._volume, offset, CLAIM_BYTES)
+            if claim is None:
+                break
+            began = time.monotonic()
+            self._begin(claim)
+            offset = claim.next_offset
+            self._pacer.rest(time.monotonic() - began)
+        while self._under_way:
+            self._finish_oldest()
+
+    def _begin(self, claim: Claim) -> None:
+        pieces = [piece for extent in claim.extents for piece in ranges.pieces(*extent, READ_BYTES)]
+        for number, (offset, length) in enumerate(pieces):
+            began = time.monotonic()
+            data = self._volume.read(offset, length)
+            self._pacer.charge("source_read", time.monotonic() - began)
+            ask(self._session, self._volume, offset, length)
+            self._under_way.append(_Piece(claim, offset, data, number == len(pieces) - 1))
+            if len(self._under_way) > PIECES_UNDER_WAY:
+                self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        piece = self._under_way.popleft()
+        granule = self._volume.granule_bytes
+        own = digests(piece.data, granule)
+        began = time.monotonic()
+        other = self._session.answer()
+        self._pacer.charge("standby", time.monotonic() - began)
+        runs = differing(own, other, len(piece.data), granule)
+        self.different_bytes += ranges.total(runs)
+        if piece.offset == 0:
+            runs = ranges.merge([*runs, (0, min(granule, len(piece.data)))])
+        for start, length in runs:
+            self._sender.put(self._volume, piece.claim, piece.offset + start, piece.data[start : start + length])
+        self._progress(len(piece.data))
+        if piece.last:
+            self._sender.flush()
+            claim = piece.claim
+            claim.same_bytes = claim.total_bytes - claim.data_bytes - claim.zero_bytes
+            self._session.sent(claim)

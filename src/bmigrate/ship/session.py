@@ -1,0 +1,505 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""One session: one lease on the standby, from HELLO to the end of everything that belongs to it.
+
+Promises: nothing is claimed before hold on the standby has fenced the epoch and breqd was told;
+every claim is acknowledged to breqd only after an ACK for a SYNC that followed its last frame; the
+first failure of any part (stream, receiver, breqd, device) ends all of it, and what was under way stays
+claimed until the next fence. It never resumes: a session that failed once is over.
+
+Threads: the caller's thread claims, reads and sends; a reader takes frames in; an acknowledger
+writes the record and tells breqd. The two sides meet only in the window, under one lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Callable, TypeVar
+
+from bmigrate.common import blockdev, errors, faults
+from bmigrate.common.config import Config
+from bmigrate.common.errors import BmigrateError, DefectError, RefusedError, UnreachableError
+from bmigrate.ship.link import Link, StreamEnded
+from bmigrate.ship.rates import ShipRate
+from bmigrate.ship.record import Record
+from bmigrate.ship.source import SourceVolume
+from bmigrate.ship.tracker import Snapshot, Tracker
+from bmigrate.ship.transport import Transport, closed_by_peer
+from bmigrate.ship.window import Claim, ProtocolError, Window
+from bmigrate.wire import frames, hello
+from bmigrate.wire.frames import FrameType
+
+MAX_CLAIMS_IN_FLIGHT = 64
+MAX_BYTES_IN_FLIGHT = 16 << 20
+SYNC_BYTES = 4 << 20
+SYNC_SECONDS = 0.5
+WELCOME_SECONDS = 60.0
+ANSWER_SECONDS = 300.0
+_DIGEST_BYTES = {
+    FrameType.HASHES: frames.HASH_DIGEST_BYTES,
+    FrameType.DIGESTS: frames.EXTENT_DIGEST_BYTES,
+    FrameType.RESYNC_DONE: 1,
+}
+_log = logging.getLogger("ship")
+T = TypeVar("T")
+
+
+class Session:
+    """An open session. Create with ``Session.open``; ``close`` is due whatever happens.
+
+    Attributes:
+        epoch, session_id: of the lease. volumes: in the order of the configuration.
+        standby_suspects: volume -> why the standby distrusts its copy, as of WELCOME.
+        rate: the ship rate, fed by the acknowledgements.
+    """
+
+    def __init__(self, config: Config, record: Record, rate: ShipRate) -> None:
+        self.config = config
+        self.record = record
+        self.rate = rate
+        self.epoch = 0
+        self.session_id = ""
+        self.incarnation = ""
+        self.volumes: list[SourceVolume] = []
+        self.standby_suspects: dict[str, str] = {}
+        self.on_durable: Callable[[Claim], None] = lambda claim: None
+        self.standby_wait_seconds = 0.0
+        self._silence_seconds = config.limits.silence_seconds
+        self._window = Window()
+        self._cond = threading.Condition()
+        self._failure: BmigrateError | None = None
+        self._closing = False
+        self._sync_due = 0.0
+        self._acks: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._expected: deque[tuple[FrameType, int]] = deque()
+        self._answers: deque[bytes] = deque()
+        self._threads: list[threading.Thread] = []
+        self._fenced = False
+        self._tracker: Tracker | None = None
+        self._ack_tracker: Tracker | None = None
+        self._link: Link | None = None
+
+    # -- opening ---------------------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls,
+        config: Config,
+        generation: dict[str, object],
+        record: Record,
+        rate: ShipRate,
+        transport: Transport,
+        breqd_socket: Path,
+    ) -> Session:
+        """Connect to breqd and to the standby, and begin a session.
+
+        Args:
+            config, generation: the workload, and its generation {number, id} on this host.
+            record: what this side remembers; updated.
+            rate: fed while the session lasts.
+            transport: carries the stream.
+            breqd_socket: path of breqd's socket.
+
+        Raises:
+            BmigrateError: nothing was opened; the reason names side, volume and host.
+        """
+        session = cls(config, record, rate)
+        try:
+            session._connect_breqd(breqd_socket)
+            session._handshake(generation, transport)
+            session._begin(breqd_socket)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def _connect_breqd(self, path: Path) -> None:
+        self._tracker = Tracker(path, self.config.workload)
+        snapshot = self._tracker.status()
+        self.incarnation = snapshot.incarnation
+        for volume in self.config.volumes:
+            tracked = snapshot.volumes.get(volume.name)
+            if tracked is None or not tracked.attached:
+                raise RefusedError(
+                    f"breqd does not track volume {volume.name}",
+                    volume=volume.name,
+                    hint="see: systemctl status breqd, and bmigrate status",
+                    reason="not_attached",
+                )
+            source = SourceVolume(volume.name, self.config.device(volume.name), tracked.granule_bytes)
+            self.volumes.append(source)
+            if source.size_bytes != tracked.size_bytes:
+                raise RefusedError(
+                    f"{source.path} has {source.size_bytes} bytes, breqd tracks {tracked.size_bytes}",
+                    volume=volume.name,
+                    hint="a device that was resized must be attached anew: systemctl restart breqd",
+                    reason="size_changed",
+                )
+            if self.record.damaged:
+                self._tracker.suspect(volume.name, "the record of the last acknowledgement is damaged")
+
+    def _handshake(self, generation: dict[str, object], transport: Transport) -> None:
+        peer = self.config.peer.name
+        stream = transport.open(self.config)
+        self._link = Link(stream, peer)
+        last = self.record.last_session()
+        greeting = hello.Hello(
+            workload=self.config.workload,
+            host=self.config.host,
+            generation=hello.Generation(int(str(generation["number"])), str(generation["id"])),
+            boot_id=blockdev.boot_id(),
+            incarnation=self.incarnation,
+            volumes=[
+                hello.HelloVolume(item.name, item.size_bytes, item.logical_block_size, item.granule_bytes)
+                for item in self.volumes
+            ],
+            last_session=None if last is None else hello.LastSession(last["epoch"], last["session_id"], last["ack"]),
+        )
+        try:
+            self._link.send(FrameType.HELLO, payload=hello.encode(greeting))
+            frame = self._link.receive(WELCOME_SECONDS)
+        except StreamEnded as exc:
+            raise self._last_words() or stream.failure() from exc
+        if frame is None:
+            raise UnreachableError(f"{peer} did not answer within {WELCOME_SECONDS:.0f} s", host=peer, reason="silent")
+        if frame.type is FrameType.ERROR:
+            raise errors.from_dict(hello.decode_error(frame.payload))
+        if frame.type is not FrameType.WELCOME:
+            raise RefusedError(f"{peer} answered HELLO with {frame.type.name}", host=peer, reason="bad_type")
+        try:
+            welcome = hello.decode_welcome(frame.payload)
+        except frames.FrameError as exc:
+            raise RefusedError(f"{peer}: {exc}", host=peer, reason=exc.reason) from exc
+        indexes = {item.name: item for item in welcome.volumes}
+        for source in self.volumes:
+            item = indexes.get(source.name)
+            if item is None or item.size_bytes < source.size_bytes:
+                raise RefusedError(
+                    f"{peer} has no volume {source.name} of at least {source.size_bytes} bytes",
+                    volume=source.name,
+                    host=peer,
+                    reason="too_small",
+                )
+            source.index = item.index
+            if item.suspect:
+                self.standby_suspects[source.name] = item.suspect
+        self.epoch, self.session_id = welcome.epoch, welcome.session_id
+        self._silence_seconds = welcome.silence_seconds
+        self._link.set_epoch(self.epoch)
+
+    def _last_words(self) -> BmigrateError | None:
+        """An ERROR frame that the receiver managed to send before it closed."""
+        assert self._link is not None
+        try:
+            frame = self._link.receive(1.0)
+        except (StreamEnded, RefusedError):
+            return None
+        if frame is not None and frame.type is FrameType.ERROR:
+            return errors.from_dict(hello.decode_error(frame.payload))
+        return None
+
+    def _begin(self, breqd_socket: Path) -> None:
+        tracker = self.tracker
+        self._ack_tracker = Tracker(breqd_socket, self.config.workload)
+        if self._ack_tracker.status().incarnation != self.incarnation:
+            raise tracker.restarted()
+        known = tracker.status().suspects
+        for name, reason in self.standby_suspects.items():
+            if name not in known:
+                tracker.suspect(name, f"standby: {reason}")
+        # WELCOME says that every receiver of an older epoch is gone, durably. Only now may what they
+        # had under way be claimed again: were breqd told earlier, an old frame could land after a new one.
+        tracker.fence(self.epoch, self.session_id)
+        self._fenced = True
+        self.record.opened(self.epoch, self.session_id)
+        for name, body in (("reader", self._read_frames), ("acknowledger", self._acknowledge)):
+            thread = threading.Thread(target=body, name=f"{self.config.workload}-{name}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    # -- failure ---------------------------------------------------------------------------------
+
+    @property
+    def tracker(self) -> Tracker:
+        """The connection to breqd of the sending thread."""
+        assert self._tracker is not None
+        return self._tracker
+
+    @property
+    def failure(self) -> BmigrateError | None:
+        """Why the session ended, or None."""
+        return self._failure
+
+    def fail(self, error: BmigrateError) -> None:
+        """End the session, from any thread; the first reason stays."""
+        with self._cond:
+            if self._failure is None:
+                self._failure = error
+            self._cond.notify_all()
+        if self._link is not None:
+            self._link.stream.kill()
+
+    def check(self) -> None:
+        """Raise the failure of the session, if there is one."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _lost(self) -> BmigrateError:
+        """The write side saw the end of the stream: wait for the reader, which learns why."""
+        deadline = time.monotonic() + 5.0
+        with self._cond:
+            while self._failure is None and time.monotonic() < deadline:
+                self._cond.wait(0.2)
+        self.fail(closed_by_peer(self.config.peer.name, ""))
+        assert self._failure is not None
+        return self._failure
+
+    def _wait(self, ready: Callable[[], bool], seconds: float, what: str) -> None:
+        """Wait, with the lock held, until ``ready``; the failure of the session wins."""
+        deadline = time.monotonic() + seconds
+        while not ready():
+            self.check()
+            rest = deadline - time.monotonic()
+            if rest <= 0:
+                raise UnreachableError(f"no {what} within {seconds:.0f} s", host=self.config.peer.name, reason="silent")
+            self._cond.wait(min(rest, 1.0))
+        self.check()
+
+    # -- sending: the caller's thread --------------------------------------------------------------
+
+    def send(self, type_: FrameType, *, volume: int = 0, offset: int = 0, aux: int = 0, payload: bytes = b"") -> None:
+        """Write one frame.
+
+        Raises:
+            BmigrateError: why the session is over.
+        """
+        self.check()
+        assert self._link is not None
+        try:
+            self._link.send(type_, volume=volume, offset=offset, aux=aux, payload=payload)
+        except StreamEnded as exc:
+            raise self._lost() from exc
+
+    def claim(self, volume: SourceVolume, from_offset: int, max_bytes: int) -> Claim | None:
+        """Claim the next dirty blocks at or above an offset; waits while too much is under way."""
+        with self._cond:
+            full = not self._has_room()
+        if full:
+            began = time.monotonic()
+            if self._window.unsynced:
+                self.sync()
+            with self._cond:
+                self._wait(self._has_room, ANSWER_SECONDS, "acknowledgement")
+            self.standby_wait_seconds += time.monotonic() - began
+        self.check()
+        claim = self.tracker.claim(volume.name, self.epoch, max_bytes, from_offset, self.incarnation)
+        faults.point("ship.claimed")
+        return claim
+
+    def _has_room(self) -> bool:
+        return (
+            self._window.in_flight_claims < MAX_CLAIMS_IN_FLIGHT and self._window.in_flight_bytes < MAX_BYTES_IN_FLIGHT
+        )
+
+    def sent(self, claim: Claim) -> None:
+        """All frames of the claim were sent; a SYNC follows soon."""
+        now = time.monotonic()
+        with self._cond:
+            if not self._window.unsynced:
+                self._sync_due = now + SYNC_SECONDS
+            self._window.sent(claim)
+            self.rate.sent(now)
+            due = self._window.unsynced_bytes >= SYNC_BYTES or now >= self._sync_due
+        if due:
+            self.sync()
+
+    def sync(self) -> int:
+        """Ask for everything sent so far to be made durable; returns the number of the SYNC."""
+        with self._cond:
+            number = self._window.sync()
+        self.send(FrameType.SYNC, aux=number)
+        faults.point("ship.synced")
+        return number
+
+    def flush(self) -> None:
+        """A SYNC if anything was sent since the last one; does not wait."""
+        if self._window.unsynced:
+            self.sync()
+
+    def settle(self) -> None:
+        """A SYNC, and wait until everything sent before it is durable and breqd has cleared it."""
+        number = self.sync()
+        with self._cond:
+            self._wait(
+                lambda: self._window.last_ack >= number and not self._window.in_flight_claims,
+                ANSWER_SECONDS,
+                "acknowledgement",
+            )
+
+    @property
+    def in_flight_claims(self) -> int:
+        """Claims between sent and cleared."""
+        return self._window.in_flight_claims
+
+    def request(self, type_: FrameType, answer: FrameType, digests: int, **fields: object) -> None:
+        """Send HASH, REREAD or RESYNC_DONE; its answer comes in order through ``answer``."""
+        with self._cond:
+            self._expected.append((answer, digests))
+        self.send(type_, **fields)  # type: ignore[arg-type]
+
+    def answer(self) -> bytes:
+        """The payload of the answer to the oldest request."""
+        with self._cond:
+            self._wait(lambda: bool(self._answers), ANSWER_SECONDS, "answer")
+            return self._answers.popleft()
+
+    def breqd(self, call: Callable[[Tracker], T]) -> T:
+        """Ask breqd something; its loss ends the session."""
+        self.check()
+        try:
+            return call(self.tracker)
+        except UnreachableError as error:
+            self.fail(error)
+            raise
+
+    def snapshot(self) -> Snapshot:
+        """breqd's view of the workload.
+
+        Raises:
+            RefusedError: breqd is another one than when the session began.
+        """
+        snapshot = self.breqd(lambda tracker: tracker.status())
+        if snapshot.incarnation != self.incarnation:
+            raise self.tracker.restarted()
+        return snapshot
+
+    def barrier(self, drain: bool = False) -> dict[str, int]:
+        """breqd's barrier: records so far, by volume."""
+        return self.breqd(lambda tracker: tracker.barrier(drain))
+
+    def mark(self, volume: str, extents: Sequence[tuple[int, int]], reason: str) -> None:
+        """Make ranges dirty."""
+        self.breqd(lambda tracker: tracker.mark(volume, extents, reason))
+
+    # -- taking in: the reader and the acknowledger ------------------------------------------------
+
+    def _read_frames(self) -> None:
+        assert self._link is not None
+        link, stream = self._link, self._link.stream
+        quarter = self._silence_seconds / 4
+        try:
+            while self._failure is None:
+                frame = link.receive(min(quarter, 1.0))
+                now = time.monotonic()
+                if now - link.last_sent >= quarter:
+                    link.send_if_free(FrameType.PING)
+                if frame is not None:
+                    self._take(frame)
+                elif now - link.last_heard > 2 * self._silence_seconds:
+                    raise UnreachableError(
+                        f"{self.config.peer.name} said nothing for {now - link.last_heard:.0f} s",
+                        host=self.config.peer.name,
+                        hint="check the network and the peer's disks; shipping resumes by itself",
+                        reason="silent",
+                    )
+        except StreamEnded:
+            self.fail(stream.failure() if not self._closing else closed_by_peer(self.config.peer.name, ""))
+        except BmigrateError as error:
+            self.fail(error)
+        except Exception as exc:
+            _log.exception("the reader of workload %s failed", self.config.workload)
+            self.fail(DefectError(f"reader: {exc!r}", reason="unexpected"))
+        finally:
+            self._acks.put(None)
+
+    def _take(self, frame: frames.Frame) -> None:
+        peer = self.config.peer.name
+        if frame.type is FrameType.ACK:
+            self._acks.put(frame.aux)
+        elif frame.type in _DIGEST_BYTES:
+            size = _DIGEST_BYTES[frame.type]
+            with self._cond:
+                wanted = self._expected.popleft() if self._expected else None
+                if wanted != (frame.type, len(frame.payload) // size):
+                    raise RefusedError(f"{peer} sent {frame.type.name} that were not asked for", reason="bad_answer")
+                self._answers.append(bytes(frame.payload))
+                self._cond.notify_all()
+        elif frame.type is FrameType.ERROR:
+            raise errors.from_dict(hello.decode_error(frame.payload))
+        elif frame.type is FrameType.PING:
+            assert self._link is not None
+            self._link.send_if_free(FrameType.PONG)
+        elif frame.type is FrameType.BYE:
+            raise closed_by_peer(peer, "the receiver said goodbye")
+
+    def _acknowledge(self) -> None:
+        assert self._ack_tracker is not None
+        try:
+            while True:
+                number = self._acks.get()
+                if number is None:
+                    return
+                with self._cond:
+                    claims = self._window.acked(number)
+                self.record.acked(number)
+                faults.point("ship.acked")
+                for claim in claims:
+                    self._ack_tracker.ack(claim)
+                    with self._cond:
+                        self._window.released(claim)
+                        idle = not self._window.in_flight_claims
+                        self.rate.durable(claim.data_bytes, time.monotonic(), idle)
+                        self._cond.notify_all()
+                    self.on_durable(claim)
+                with self._cond:
+                    self._cond.notify_all()
+        except BmigrateError as error:
+            self.fail(error)
+        except ProtocolError as exc:
+            self.fail(RefusedError(str(exc), host=self.config.peer.name, reason="bad_answer"))
+        except Exception as exc:
+            _log.exception("the acknowledger of workload %s failed", self.config.workload)
+            self.fail(DefectError(f"acknowledger: {exc!r}", reason="unexpected"))
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def close(self, farewell: bool = False) -> None:
+        """End everything that belongs to the session; may be repeated.
+
+        Args:
+            farewell: say BYE first, so that the receiver ends without an error.
+        """
+        if farewell and self._failure is None and self._link is not None:
+            self._closing = True
+            try:
+                self._link.send(FrameType.BYE)
+                with self._cond:
+                    self._cond.wait_for(lambda: self._failure is not None, 2.0)
+            except StreamEnded:
+                _log.debug("the receiver was gone before the goodbye")
+        self._closing = True
+        if self._link is not None:
+            self.fail(closed_by_peer(self.config.peer.name, "closed on this side"))
+        for thread in self._threads:
+            thread.join()
+        if self._fenced and self._tracker is not None:
+            try:
+                self._tracker.end_session(self.epoch)
+            except BmigrateError as error:
+                # breqd is gone or restarted; it will take no claim or acknowledgement of this epoch then
+                _log.debug("end_session: %s", error)
+            self._fenced = False
+        if self._link is not None:
+            self._link.stream.close()
+        for tracker in (self._tracker, self._ack_tracker):
+            if tracker is not None:
+                tracker.close()
+        self._tracker = self._ack_tracker = None
+        for volume in self.volumes:
+            volume.close()
+        self.record.close()

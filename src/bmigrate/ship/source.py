@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The source side of a volume: an O_DIRECT descriptor, its geometry, and whole reads.
+
+It only reads, and never through the page cache: a buffered read of a mounted device may be older
+than what the file system has already been told is on disk.
+"""
+
+from __future__ import annotations
+
+import os
+
+from bmigrate.common import blockdev
+from bmigrate.common.errors import RefusedError
+
+READ_BYTES = 1 << 20
+"""Longest read, longest DATA frame, and longest piece of a digest."""
+
+
+class SourceVolume:
+    """One volume of the open session.
+
+    Args:
+        name: of the volume. path: its device on this host. granule_bytes: breqd's.
+
+    Raises:
+        RefusedError: the device cannot be opened.
+    """
+
+    def __init__(self, name: str, path: str, granule_bytes: int) -> None:
+        self.name = name
+        self.path = path
+        self.granule_bytes = granule_bytes
+        self.index = -1
+        try:
+            self.fd = blockdev.open_direct(path)
+        except OSError as exc:
+            raise RefusedError(
+                f"device {path} cannot be opened: {exc.strerror}",
+                volume=name,
+                hint="check 'devices' of the volume in the configuration",
+                reason="device_missing",
+            ) from exc
+        self.size_bytes = blockdev.size_bytes(self.fd)
+        self.logical_block_size = blockdev.logical_block_size(self.fd)
+        self._reader = blockdev.DirectReader(self.fd, READ_BYTES)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """At most READ_BYTES at an offset, copied.
+
+        Raises:
+            RefusedError: reason ``read_failed``; the session ends and the blocks stay claimed.
+        """
+        try:
+            return bytes(self._reader.read(offset, length))
+        except OSError as exc:
+            raise RefusedError(
+                f"reading {length} bytes at {offset} of {self.path} failed: {exc.strerror or exc}",
+                volume=self.name,
+                hint="see the kernel log; replace the device or its cable",
+                reason="read_failed",
+            ) from exc
+
+    def close(self) -> None:
+        """Close the device."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The numbers that the shipper shows: totals, and one status entry per workload.
+
+It only reads. Units are part of the key names; a number that was not measured yet is null.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bmigrate.ship.window import Claim
+
+if TYPE_CHECKING:
+    from bmigrate.ship.engine import Engine
+
+
+@dataclass
+class Totals:
+    """Since the daemon started. Bytes; shipped bytes are those that became durable on the standby."""
+
+    shipped_bytes: int = 0
+    zero_bytes: int = 0
+    same_bytes: int = 0
+    hashed_bytes: int = 0
+
+    def durable(self, claim: Claim) -> None:
+        """A claim was acknowledged and cleared."""
+        self.shipped_bytes += claim.data_bytes
+        self.zero_bytes += claim.zero_bytes
+        self.same_bytes += claim.same_bytes
+
+
+def _rounded(value: float | None, digits: int = 3) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def entry(engine: Engine) -> dict[str, Any]:
+    """One workload's entry in the answer of the status operation."""
+    name, reason = engine.state()
+    snapshot, session, totals = engine.snapshot, engine.session, engine.totals
+    volumes: list[dict[str, Any]] = []
+    for volume in engine.config.volumes:
+        tracked = snapshot.volumes.get(volume.name) if snapshot is not None else None
+        volumes.append(
+            {
+                "volume": volume.name,
+                "size_bytes": tracked.size_bytes if tracked else None,
+                "dirty_bytes": tracked.dirty_bytes if tracked else None,
+                "claimed_bytes": tracked.claimed_bytes if tracked else None,
+                "suspect": tracked.suspect if tracked else None,
+                "standby_suspect": session.standby_suspects.get(volume.name) if session is not None else None,
+                "seeded": tracked is not None and engine.record.seeded.get(volume.name) == tracked.seed_count,
+            }
+        )
+    shown = snapshot if name != "idle" else None
+    return {
+        "workload": engine.config.workload,
+        "state": name,
+        "reason": reason,
+        "limiter": engine.limiter,
+        "peer": engine.config.peer.name,
+        "epoch": session.epoch if session is not None else None,
+        "passes": engine.trend.passes,
+        "bytes_left": shown.left_bytes if shown is not None else None,
+        "total_bytes": sum(item.size_bytes for item in shown.volumes.values()) if shown is not None else None,
+        "dirty_rate_bytes_per_second": _rounded(engine.dirty_rate.bytes_per_second, 0),
+        "ship_rate_bytes_per_second": _rounded(engine.ship_rate.bytes_per_second, 0),
+        "predicted_drain_seconds": _rounded(engine.predicted(shown)),
+        "lag_seconds": _rounded(shown.lag_seconds) if shown is not None else None,
+        "shipped_bytes_total": totals.shipped_bytes,
+        "zero_bytes_total": totals.zero_bytes,
+        "same_bytes_total": totals.same_bytes,
+        "hashed_bytes_total": totals.hashed_bytes,
+        "last_error": engine.last_error.to_dict() if engine.last_error is not None else None,
+        "progress": dict(engine.progress) if engine.progress is not None else None,
+        "volumes": volumes,
+    }
