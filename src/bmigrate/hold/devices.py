@@ -8,6 +8,7 @@ never write a byte of data. All access to the device goes through `common.blockd
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from bmigrate.common.errors import RefusedError
 from bmigrate.hold.admission import Geometry
 
 _EDGE_BYTES = 1 << 20
+_RELEASE_SECONDS = 3.0
+log = logging.getLogger("bmigrate-hold")
 
 
 @dataclass
@@ -86,9 +89,27 @@ class HeldDevice:
             os.close(buffered)
 
     def release(self) -> None:
-        """Let go: after this anybody may take the device."""
+        """Let go: when this returns anybody may take the device.
+
+        The service manager closes its copy of the descriptor in its own time, and until then a mount
+        would find the device busy; so wait until an exclusive open succeeds.
+        """
         sysd.remove_fd(fd_name(self.workload, self.volume, self.hold_id))
+        path = os.readlink(f"/proc/self/fd/{self.fd}")
         os.close(self.fd)
+        deadline = time.monotonic() + _RELEASE_SECONDS
+        while True:
+            try:
+                os.close(blockdev.open_direct(path, exclusive=True))
+                return
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    return  # the device is gone: there is nothing to let go of
+                if time.monotonic() >= deadline:
+                    log.warning("workload %s: volume %s: %s is still in use after it was let go", self.workload,
+                                self.volume, path)
+                    return
+            time.sleep(0.002)
 
 
 def fd_name(workload: str, volume: str, hold_id: str) -> str:

@@ -28,7 +28,7 @@ from bmigrate.wire import hello as greeting
 from bmigrate.wire.frames import FrameError, FrameType
 
 HANDSHAKE_SECONDS = 20.0
-REGISTER_SECONDS = 60.0
+REGISTER_SECONDS = 45.0
 log = logging.getLogger("breceive")
 
 

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Runs bmigrate-hold or breceive unchanged, with regular files in place of block devices.
+
+Only functions of `common.blockdev` are replaced, the documented edge to the kernel: exclusivity is
+an flock (it belongs to the open file description, as the kernel's exclusive claim does), sysfs is a
+directory beside the file. Everything else, O_DIRECT, processes, pidfds, sockets and fsync
+included, is the real thing. Usage: python standby_edge.py PROGRAM [ARGUMENT...]
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sys
+from pathlib import Path
+
+from bmigrate.common import blockdev
+
+_open_direct = blockdev.open_direct
+
+
+def _device_number(path: str | Path) -> int:
+    try:
+        return os.stat(path).st_rdev
+    except OSError as error:
+        raise blockdev.RefusedError(f"device {path} does not exist", reason="device_missing") from error
+
+
+def _sysfs_dir(path: str | Path) -> Path:
+    return Path(f"{path}.sysfs")
+
+
+def _open(path: str | Path, write: bool = False, exclusive: bool = False) -> int:
+    fd = _open_direct(path, write)
+    if exclusive:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path)) from None
+    return fd
+
+
+def _logical_block_size(fd: int) -> int:
+    path = Path(os.readlink(f"/proc/self/fd/{fd}") + ".sysfs") / "queue" / "logical_block_size"
+    return int(path.read_text())
+
+
+def install() -> None:
+    """Replace the edge in this process."""
+    blockdev.device_number = _device_number
+    blockdev.sysfs_dir = _sysfs_dir
+    blockdev.open_direct = _open
+    blockdev.logical_block_size = _logical_block_size
+
+
+def main() -> int:
+    """Run the named program."""
+    install()
+    sys.argv[0] = sys.argv[1]
+    from bmigrate.__main__ import main as program
+
+    del sys.argv[1]
+    return program()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

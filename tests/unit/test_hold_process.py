@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""hold and breceive as real processes: who may write, when, and what survives whose death."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bmigrate.common.errors import BmigrateError, RefusedError
+from bmigrate.wire import hello as greeting
+from bmigrate.wire.frames import FrameType
+
+from tests.unit.standby_host import GENERATION, MIB, Sender, StandbyHost, wait
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[StandbyHost]:
+    standby = StandbyHost(tmp_path)
+    standby.start()
+    yield standby
+    standby.close()
+
+
+def content(host: StandbyHost, offset: int, length: int) -> bytes:
+    with open(host.device("data"), "rb") as stream:
+        return os.pread(stream.fileno(), length, offset)
+
+
+def acknowledged(sender: Sender, number: int) -> None:
+    sender.send(FrameType.SYNC, aux=number)
+    frame = sender.receive()
+    assert frame is not None and (frame.type, frame.aux) == (FrameType.ACK, number)
+
+
+def refused(host: StandbyHost, **changes: object) -> str:
+    """Reason for which a session is refused; the exit code must be the documented one."""
+    sender = host.sender()
+    frame = sender.hello(host, **changes)
+    assert frame.type is FrameType.ERROR, bytes(frame.payload)
+    error = greeting.decode_error(frame.payload)
+    assert error["host"], error
+    assert sender.ended() == 3
+    return str(error["reason"])
+
+
+def test_an_old_receiver_is_dead_before_the_next_session_begins(host: StandbyHost) -> None:
+    """Bytes of a dead connection sit in a stopped receiver's pipe; they must never land on newer ones."""
+    old = host.session()
+    acknowledged(old, 1)
+    old.process.send_signal(signal.SIGSTOP)
+    wait(lambda: Path(f"/proc/{old.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "the stop")
+    for block in range(8):
+        old.send(FrameType.DATA, offset=block * 4096, payload=b"old!" * 1024)
+    new = host.session(last_session=old.last_session(1))
+    assert new.welcome is not None and old.welcome is not None and new.welcome.epoch > old.welcome.epoch
+    # The grant has come: the old process must be a corpse already, not merely condemned.
+    assert old.process.poll() == -signal.SIGKILL
+    new.send(FrameType.DATA, offset=0, payload=b"new!" * 8192)
+    acknowledged(new, 1)
+    assert content(host, 0, 32768) == b"new!" * 8192
+    assert host.status()["suspect"] is None
+
+
+def test_a_stopped_receiver_dies_before_a_fence_is_answered(host: StandbyHost) -> None:
+    old = host.session()
+    old.process.send_signal(signal.SIGSTOP)
+    old.send(FrameType.DATA, offset=0, payload=b"old!" * 1024)
+    answer = host.call("fence", workload="wl")
+    assert old.process.poll() == -signal.SIGKILL
+    assert answer["epoch"] == host.record()["epoch"] == 2
+    assert content(host, 0, 4) == b"\0\0\0\0"
+    assert refused(host) == "sealed"
+
+
+def test_a_seal_ends_with_the_handover_that_wanted_it(host: StandbyHost) -> None:
+    host.call("fence", workload="wl")
+    host.role("standby", handover={"phase": "prepared", "run_id": "r", "side": "target"})
+    assert refused(host) == "sealed"
+    host.role("standby")
+    host.session()
+
+
+def test_hold_killed_keeps_the_device_and_kills_the_receivers_it_does_not_know(host: StandbyHost) -> None:
+    old = host.session()
+    before = host.status()
+    host.count("data", 7)  # what the session wrote
+    old.process.send_signal(signal.SIGSTOP)
+    old.send(FrameType.DATA, offset=0, payload=b"old!" * 1024)
+    host.kill_hold()
+    with open(host.device("data"), "rb") as stream, pytest.raises(BlockingIOError):
+        fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)  # still held, by the store
+    host.start()
+    assert old.ended() == -signal.SIGKILL
+    after = wait(lambda: (lambda status: not status["receivers"] and status)(host.status()), "the old receiver's end")
+    assert after["hold_id"] == before["hold_id"] and after["held"] and after["suspect"] is None
+    assert content(host, 0, 4) == b"\0\0\0\0"
+    new = host.session(last_session=old.last_session(0))
+    assert new.welcome is not None and new.welcome.epoch == 2 and new.welcome.volumes[0].suspect is None
+
+
+def test_a_receiver_ends_when_hold_dies(host: StandbyHost) -> None:
+    sender = host.session()
+    host.kill_hold()
+    assert sender.error()["reason"] == "session_over"
+    assert sender.ended() == 4
+
+
+def test_a_receiver_killed_between_filing_and_grant_by_a_crash_of_hold(tmp_path: Path) -> None:
+    host = StandbyHost(tmp_path)
+    try:
+        host.start(BMIGRATE_FAULTS="hold.admitted=kill")
+        sender = host.sender()
+        frame = sender.hello(host)
+        assert frame.type is FrameType.ERROR and greeting.decode_error(frame.payload)["code"] == "unreachable"
+        assert sender.ended() == 4
+        host.manager.pump()
+        host.start()
+        again = host.session()
+        assert again.welcome is not None and again.welcome.epoch == 1 and again.welcome.volumes[0].suspect is None
+    finally:
+        host.close()
+
+
+def test_a_granted_epoch_is_never_granted_again(tmp_path: Path) -> None:
+    host = StandbyHost(tmp_path)
+    try:
+        host.start(BMIGRATE_FAULTS="hold.granted=kill")
+        sender = host.sender()
+        sender.hello(host)
+        sender.ended()
+        host.manager.pump()
+        host.start()
+        assert host.record()["epoch"] == 1
+        again = host.session()
+        assert again.welcome is not None and again.welcome.epoch == 2
+    finally:
+        host.close()
+
+
+def test_the_epoch_is_above_all_that_the_source_has_seen(host: StandbyHost) -> None:
+    sender = host.session(highest_epoch=41)
+    assert sender.welcome is not None and sender.welcome.epoch == 42
+
+
+def test_writes_outside_of_a_session_make_the_volume_suspect(host: StandbyHost) -> None:
+    sender = host.session()
+    host.count("data", 5)
+    acknowledged(sender, 1)
+    sender.send(FrameType.BYE)
+    assert sender.ended() == 0
+    wait(lambda: not host.status()["session_open"], "the end of the session")
+    host.count("data", 6)
+    again = host.session(last_session=sender.last_session(1))
+    assert again.welcome is not None
+    assert "outside of a session: 1 writes" in (again.welcome.volumes[0].suspect or "")
+    assert "outside of a session" in host.record()["volumes"]["data"]["suspect"]
+
+
+def test_writes_of_a_session_are_no_suspicion(host: StandbyHost) -> None:
+    sender = host.session()
+    host.count("data", 500)
+    sender.close()
+    wait(lambda: not host.status()["session_open"], "the end of the session")
+    again = host.session(last_session=sender.last_session(0))
+    assert again.welcome is not None and again.welcome.volumes[0].suspect is None
+
+
+def test_an_orderly_restart_keeps_the_trust_and_uses_the_closing_note_up(host: StandbyHost) -> None:
+    host.stop_hold()
+    assert host.record()["volumes"]["data"]["closed"]
+    host.manager.forget()
+    host.start()
+    assert host.status()["suspect"] is None
+    assert host.record()["volumes"]["data"]["closed"] is None
+    host.kill_hold()
+    host.manager.forget()
+    host.start()
+    assert "lost its exclusive hold" in host.status()["suspect"]
+
+
+def test_a_write_between_an_orderly_stop_and_the_next_start_is_noticed(host: StandbyHost) -> None:
+    host.stop_hold()
+    host.manager.forget()
+    host.count("data", 1)
+    host.start()
+    assert "while nobody held it: 1 writes" in host.status()["suspect"]
+
+
+def test_a_suspicion_survives_restarts_until_a_resync_ends_it(host: StandbyHost) -> None:
+    host.stop_hold()
+    host.manager.forget()
+    host.count("data", 1)
+    host.start()
+    for _ in range(2):
+        host.stop_hold()
+        host.start()
+        assert host.status()["suspect"]
+    sender = host.session()
+    with pytest.raises(RefusedError) as caught:
+        host.call("clear_suspect", workload="wl", volume="data")
+    assert caught.value.reason == "not_registered"
+    acknowledged(sender, 1)
+    sender.send(FrameType.RESYNC_DONE, volume=0)
+    frame = sender.receive()
+    assert frame is not None and frame.type is FrameType.RESYNC_DONE
+    assert host.record()["volumes"]["data"]["suspect"] is None
+
+
+def test_resync_done_before_its_sync_is_refused(host: StandbyHost) -> None:
+    sender = host.session()
+    sender.send(FrameType.ZERO, offset=0, aux=4096)
+    sender.send(FrameType.RESYNC_DONE, volume=0)
+    assert sender.error()["reason"] == "bad_sequence"
+    assert sender.ended() == 3
+
+
+def test_a_standby_that_went_back_is_suspect(host: StandbyHost) -> None:
+    sender = host.session()
+    acknowledged(sender, 1)
+    acknowledged(sender, 2)
+    again = host.session(last_session=sender.last_session(3))
+    assert again.welcome is not None and "went back" in (again.welcome.volumes[0].suspect or "")
+
+
+def test_a_source_that_went_back_is_noticed(host: StandbyHost) -> None:
+    first = host.session()
+    acknowledged(first, 1)
+    second = host.session(last_session=first.last_session(1))
+    acknowledged(second, 1)
+    third = host.session(last_session=first.last_session(1))
+    assert third.welcome is not None and "the source went back" in (third.welcome.volumes[0].suspect or "")
+
+
+def test_a_session_without_an_acknowledgement_may_be_forgotten_by_the_source(host: StandbyHost) -> None:
+    first = host.session()
+    acknowledged(first, 1)
+    host.session(last_session=first.last_session(1))
+    third = host.session(last_session=first.last_session(1))
+    assert third.welcome is not None and third.welcome.volumes[0].suspect is None
+
+
+def test_who_may_not_have_a_session(host: StandbyHost) -> None:
+    good = host.session()
+    volume = greeting.HelloVolume("data", 8 * MIB, 512, 4096)
+    assert refused(host, generation=greeting.Generation(2, "d" * 32)) == "wrong_generation"
+    assert refused(host, generation=greeting.Generation(1, "d" * 32)) == "wrong_generation"
+    assert refused(host, volumes=[greeting.HelloVolume("other", 8 * MIB, 512, 4096)]) == "unknown_volume"
+    assert refused(host, volumes=[volume, greeting.HelloVolume("more", MIB, 512, 4096)]) == "unknown_volume"
+    assert refused(host, volumes=[greeting.HelloVolume("data", 8 * MIB + 512, 512, 4096)]) == "too_small"
+    assert refused(host, workload="other") == "wrong_workload"
+    host.sysfs("data", "queue/logical_block_size", "4096")
+    assert refused(host) == "block_size"
+    host.sysfs("data", "queue/logical_block_size", "512")
+    # None of them may have cost the good one its session.
+    acknowledged(good, 1)
+    host.role("primary")
+    assert refused(host) == "wrong_role"
+
+
+def test_a_busy_device_is_refused_and_held_as_soon_as_it_is_free(tmp_path: Path) -> None:
+    host = StandbyHost(tmp_path)
+    try:
+        with open(host.device("data"), "rb") as other:
+            fcntl.flock(other.fileno(), fcntl.LOCK_EX)
+            host.start()
+            status = host.status()
+            assert not status["held"] and status["error"]["reason"] == "device_busy"
+            assert refused(host) == "not_held"
+            with pytest.raises(RefusedError) as caught:
+                host.call("hold", workload="wl")
+            assert caught.value.reason == "device_busy" and caught.value.volume == "data"
+        wait(lambda: host.status()["held"], "the device to be held")
+        host.session()
+    finally:
+        host.close()
+
+
+def test_hold_takes_all_volumes_or_none(tmp_path: Path) -> None:
+    host = StandbyHost(tmp_path, {"one": MIB, "two": MIB})
+    try:
+        host.role("primary")
+        host.start()
+        with open(host.device("two"), "rb") as other:
+            fcntl.flock(other.fileno(), fcntl.LOCK_EX)
+            with pytest.raises(RefusedError):
+                host.call("hold", workload="wl")
+            assert not host.status("one")["held"]
+            with open(host.device("one"), "rb") as free:
+                fcntl.flock(free.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        host.call("hold", workload="wl")
+        assert host.status("one")["held"] and host.status("two")["held"]
+        host.call("release", workload="wl")
+        assert not host.status("one")["held"] and not host.stored()
+    finally:
+        host.close()
+
+
+def test_a_demoted_source_keeps_the_same_hold_and_a_standby_never_lets_go(host: StandbyHost, tmp_path: Path) -> None:
+    handover = {"phase": "quiesced", "run_id": "r", "side": "source"}
+    host.role("primary")
+    host.call("release", workload="wl")
+    host.role("primary", handover=handover)
+    taken = host.call("hold", workload="wl")["volumes"][0]["hold_id"]
+    host.kill_hold()
+    host.start()
+    host.role("standby")
+    host.call("reload")
+    assert host.status()["hold_id"] == taken and host.status()["suspect"] is None
+    with pytest.raises(RefusedError) as caught:
+        host.call("release", workload="wl")
+    assert caught.value.reason == "wrong_role"
+    host.session()
+
+
+def test_a_foreign_write_while_a_demoted_source_waits_is_noticed(host: StandbyHost) -> None:
+    host.role("primary")
+    host.call("release", workload="wl")
+    host.call("hold", workload="wl")
+    host.role("standby")
+    host.count("data", 1)
+    sender = host.session()
+    assert sender.welcome is not None and sender.welcome.volumes[0].suspect
+
+
+def test_a_stored_descriptor_that_no_role_needs_is_let_go(host: StandbyHost) -> None:
+    host.kill_hold()
+    host.role("primary")
+    host.start()
+    assert not host.status()["held"]
+    host.manager.pump()
+    with open(host.device("data"), "rb") as free:
+        fcntl.flock(free.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_broken_configuration_lets_no_device_go(host: StandbyHost) -> None:
+    host.kill_hold()
+    path = host.directory / "etc" / "wl.yml"
+    good = path.read_text()
+    path.write_text("workload: [")
+    host.start()
+    with open(host.device("data"), "rb") as stream, pytest.raises(BlockingIOError):
+        fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    path.write_text(good)
+    host.call("reload")
+    assert host.status()["held"] and host.status()["suspect"] is None
+
+
+def test_refresh_passes_on_a_quiet_device(host: StandbyHost) -> None:
+    host.call("refresh", workload="wl")
+
+
+def test_silence_ends_the_receiver(tmp_path: Path) -> None:
+    host = StandbyHost(tmp_path, silence_seconds=1.0)
+    try:
+        host.start()
+        sender = host.session()
+        began = time.monotonic()
+        pings = 0
+        while True:
+            frame = sender.receive(skip_pings=False)
+            assert frame is not None
+            if frame.type is FrameType.ERROR:
+                break
+            assert frame.type is FrameType.PING
+            pings += 1
+        assert greeting.decode_error(frame.payload)["reason"] == "silence"
+        assert sender.ended() == 4
+        assert time.monotonic() - began < 5 and pings >= 2
+        wait(lambda: not host.status()["session_open"], "hold to notice")
+    finally:
+        host.close()
+
+
+def test_a_talking_sender_is_not_silent(tmp_path: Path) -> None:
+    host = StandbyHost(tmp_path, silence_seconds=1.0)
+    try:
+        host.start()
+        sender = host.session()
+        for number in range(1, 9):
+            sender.send(FrameType.PING, aux=number)
+            frame = sender.receive()
+            assert frame is not None and (frame.type, frame.aux) == (FrameType.PONG, number)
+            time.sleep(0.3)
+        acknowledged(sender, 1)
+    finally:
+        host.close()
+
+
+def test_unknown_operations_and_workloads_are_refused_by_name(host: StandbyHost) -> None:
+    for op, fields in (("nonsense", {}), ("fence", {"workload": "nobody"}), ("fence", {})):
+        with pytest.raises(BmigrateError) as caught:
+            host.call(op, **fields)
+        assert caught.value.exit_code == 2
+    assert GENERATION.number == 1
