@@ -27,7 +27,7 @@ Two Debian guests, alpha and beta, under QEMU: what the demo and the tests run o
   python3 -m lab down                 end everything and throw the guests away
 """
 
-EPILOG = f"""\
+EPILOG = """\
 environment:
   BMIGRATE_LAB             name of the instance (default: default); instances do not disturb each other
   BMIGRATE_LAB_CPUS        processors of a guest (2)

@@ -93,9 +93,7 @@ class Guest:
         self.disks.spawn(server, self.directory / "disks.log", REPOSITORY, environment)
         self._wait_for_socket("control.sock", self.disks)
         index = VM_NAMES.index(self.name) + 1
-        argv = qemu.arguments(
-            self.name, index, self.ports, self._peer_lan_port, self.directory / "vmlinuz", self.label
-        )
+        argv = qemu.arguments(self.name, index, self.ports, self._peer_lan_port, self.directory / "vmlinuz", self.label)
         try:
             self.qemu.spawn(argv, self.directory / "qemu.log", self.directory)
         except FileNotFoundError as error:

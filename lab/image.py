@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Builds the guests' image once, and finds it again by a hash of its recipe.
 
-Promises: the same recipe (lab/recipe, this file, initramfs.py) gives the same directory, which is either complete or
-not there; two labs that need it at once build it once. Must never need a loop device, a boot loader, or a network
-other than the Debian mirror that this machine itself uses.
+Promises: the same recipe (lab/recipe and BUILDER below) gives the same directory, which is either complete or not
+there; two labs that need it at once build it once. Must never need a loop device, a boot loader, or a network other
+than the Debian mirror that this machine itself uses.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from lab.errors import LabError
 from lab.paths import RECIPE, images_directory
 
 ROOT_BYTES = 8 << 30
-_LEAVE_OUT = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*", "/usr/share/lintian/*")
+# To be raised when what this file does with the recipe changes what is in the image.
+BUILDER = 1
+_LEAVE_OUT = tuple(f"/usr/share/{name}/*" for name in ("man", "doc", "info", "locale", "lintian"))
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,10 @@ class Image:
 
 def recipe_hash() -> str:
     """Names the image: a digest of everything that decides what is in it, but for the archive's state."""
-    digest = hashlib.sha256()
-    here = Path(__file__).resolve()
-    files = [here, here.parent / "initramfs.py", *sorted(p for p in RECIPE.rglob("*") if p.is_file())]
-    for path in files:
+    digest = hashlib.sha256(f"builder {BUILDER} modules {' '.join(initramfs.MODULES)}\n".encode())
+    for path in sorted(p for p in RECIPE.rglob("*") if p.is_file()):
         content = path.read_bytes()
-        name = str(path.relative_to(here.parent))
+        name = path.relative_to(RECIPE)
         digest.update(f"{name}\0{path.stat().st_mode & 0o111:o}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:16]
 

@@ -50,9 +50,7 @@ def arguments(vm: str, index: int, ports: Ports, peer_lan_port: int, kernel: Pat
     """The argv that starts the guest `vm` in its own directory, where all files named here without a path are."""
     cpus = os.environ.get("BMIGRATE_LAB_CPUS", "2")
     memory = os.environ.get("BMIGRATE_LAB_MEMORY_MIB", "1024")
-    forward = (
-        f"hostfwd=tcp:127.0.0.1:{ports.ssh}-10.0.2.15:22,hostfwd=tcp:127.0.0.1:{ports.postgresql}-10.0.2.15:5432"
-    )
+    forward = f"hostfwd=tcp:127.0.0.1:{ports.ssh}-10.0.2.15:22,hostfwd=tcp:127.0.0.1:{ports.postgresql}-10.0.2.15:5432"
     accelerate = (
         ["-accel", "kvm", "-cpu", "host"]
         if can_virtualise()
@@ -123,10 +121,9 @@ def monitor(path: Path, command: str, arguments: dict[str, Any] | None = None, l
         conn.settimeout(limit_seconds)
         with conn.makefile("rw") as stream:
             stream.readline()
-            for name, extra in (("qmp_capabilities", None), (command, arguments)):
-                message: dict[str, Any] = {"execute": name}
-                if extra is not None:
-                    message["arguments"] = extra
+            result = None
+            for name, extra in (("qmp_capabilities", {}), (command, arguments or {})):
+                message = {"execute": name, "arguments": extra}
                 stream.write(json.dumps(message) + "\n")
                 stream.flush()
                 answer = _answer(stream)
@@ -134,7 +131,8 @@ def monitor(path: Path, command: str, arguments: dict[str, Any] | None = None, l
                     return None
                 if "error" in answer:
                     raise LabError(f"QEMU refused {name}: {answer['error'].get('desc')}")
-            return answer["return"]
+                result = answer["return"]
+            return result
 
 
 def _answer(stream: Any) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lab import Lab  # noqa: E402 -- only found once the repository is on the path
+from lab import Lab
 
 
 def host_variables(status: dict[str, Any], name: str) -> dict[str, Any]:

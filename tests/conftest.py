@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What all tests share: the lab, booted once for everybody who asks for it.
+
+Promises: the instance is BMIGRATE_LAB's, or `test`; it starts from fresh guests and leaves no process behind. With
+BMIGRATE_LAB_KEEP=1 an instance that is up is used as it is and stays up, for work on a single test. A test that
+fails shows the last console lines of both guests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+
+import pytest
+
+from lab import Lab, LabError
+
+LAB_NAME = os.environ.setdefault("BMIGRATE_LAB", "test")
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """Both guests, answering ssh."""
+    keep = os.environ.get("BMIGRATE_LAB_KEEP") == "1"
+    box = Lab(LAB_NAME)
+    if not keep:
+        box.down()
+    box.up()
+    try:
+        yield box
+    finally:
+        if not keep:
+            box.down()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add the guests' consoles to the report of a failed test that used them."""
+    report = yield
+    if report.failed and "lab" in getattr(item, "fixturenames", ()):
+        box = Lab(LAB_NAME)
+        for name in box.vms:
+            try:
+                report.sections.append((f"console of {name}", box.console(name, 25)))
+            except LabError as error:
+                report.sections.append((f"console of {name}", str(error)))
+    return report
