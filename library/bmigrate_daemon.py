@@ -83,6 +83,7 @@ volumes:
 
 import os
 import time
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.bmigrate_cli import call
@@ -90,7 +91,7 @@ from ansible.module_utils.bmigrate_cli import call
 PROPERTIES = "ActiveState,SubState,UnitFileState,LoadState,NeedDaemonReload,ActiveEnterTimestampMonotonic"
 
 
-def systemctl(module, *words):
+def systemctl(module: AnsibleModule, *words: str) -> str:
     """Run systemctl; its output. A failure ends the module with the end of the unit's journal."""
     rc, out, err = module.run_command(["systemctl", *list(words)])
     if rc != 0:
@@ -104,13 +105,13 @@ def systemctl(module, *words):
     return out
 
 
-def unit_state(module, unit):
+def unit_state(module: AnsibleModule, unit: str) -> dict[str, str]:
     """Properties of a unit as a dictionary."""
     out = systemctl(module, "show", "--property=" + PROPERTIES, unit)
     return dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
 
 
-def newest(paths):
+def newest(paths: list[str]) -> float:
     """Time of the last change of any of the files, seconds since the epoch; 0 when there is none."""
     times = [0.0]
     for path in paths:
@@ -123,15 +124,15 @@ def newest(paths):
     return max(times)
 
 
-def started_at(state):
+def started_at(state: dict[str, str]) -> float:
     """When a unit became active, seconds since the epoch. The monotonic stamp is what systemd is sure of."""
     entered = int(state.get("ActiveEnterTimestampMonotonic") or 0) / 1e6
     return time.time() - time.clock_gettime(time.CLOCK_MONOTONIC) + entered
 
 
-def needed(state, unit, restart_after):
+def needed(state: dict[str, str], unit: str, restart_after: float | None) -> list[tuple[str, ...]]:
     """What has to be done to a unit: words of systemctl commands, in order."""
-    actions = []
+    actions: list[tuple[str, ...]] = []
     if state.get("UnitFileState") in ("disabled", ""):
         actions.append(("enable", unit))
     if state.get("ActiveState") not in ("active", "activating", "reloading"):
@@ -141,14 +142,14 @@ def needed(state, unit, restart_after):
     return actions
 
 
-def in_words(states):
+def in_words(states: dict[str, dict[str, str]]) -> str:
     """States of units as text, for the diff."""
     return "".join(
         "%s: %s, %s\n" % (unit, state.get("UnitFileState"), state.get("ActiveState")) for unit, state in states.items()
     )
 
 
-def ensure_running(module):
+def ensure_running(module: AnsibleModule) -> None:
     """Enable, start, restart; ends the module."""
     params = module.params
     everything = params["daemons"] + params["units"]
@@ -160,7 +161,7 @@ def ensure_running(module):
         absent = [unit for unit in everything if before[unit].get("LoadState") == "not-found"]
         if absent:
             module.fail_json(msg="host %s has no unit %s -- run install.yml" % (os.uname().nodename, ", ".join(absent)))
-    actions = []
+    actions: list[tuple[str, ...]] = []
     if any(state.get("NeedDaemonReload") == "yes" for state in before.values()):
         actions.append(("daemon-reload",))
     stamp = newest(params["files"])
@@ -182,13 +183,13 @@ def ensure_running(module):
     )
 
 
-def tracked(module):
+def tracked(module: AnsibleModule) -> tuple[list[dict[str, Any]], list[str]]:
     """What breqd tracks of the workload."""
     answer = call(module, ["bmigrate", "handover", "discover", "--workload", module.params["workload"]])
     return (answer["data"].get("breqd") or {}).get("volumes") or [], list(answer["data"].get("volumes") or {})
 
 
-def main():
+def main() -> None:
     """Entry point."""
     module = AnsibleModule(
         argument_spec={

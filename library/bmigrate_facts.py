@@ -89,12 +89,13 @@ ansible_facts:
 """
 
 import os
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.bmigrate_cli import envelope, explain, program
 
 
-def os_release(path="/etc/os-release"):
+def os_release(path: str = "/etc/os-release") -> dict[str, str]:
     """Identity of the distribution: id, version_id, family."""
     fields = {}
     try:
@@ -110,7 +111,7 @@ def os_release(path="/etc/os-release"):
     return {"id": fields.get("ID", "unknown"), "version_id": fields.get("VERSION_ID", ""), "family": family}
 
 
-def missing_packages(module, packages):
+def missing_packages(module: AnsibleModule, packages: list[str]) -> list[str]:
     """Those of the packages that dpkg does not have installed."""
     query = module.get_bin_path("dpkg-query")
     if not packages or query is None:
@@ -120,7 +121,7 @@ def missing_packages(module, packages):
     return [name for name in packages if name not in present]
 
 
-def ask(module, words):
+def ask(module: AnsibleModule, words: list[str]) -> tuple[Any, str | None]:
     """One read-only question to bmigrate: (data or None, error text or None)."""
     rc, out, err = module.run_command([program(module, "bmigrate"), *words, "--json"])
     answer = envelope(out)
@@ -131,16 +132,20 @@ def ask(module, words):
     return answer.get("data"), None
 
 
-def workload_facts(module, name):
+def workload_facts(module: AnsibleModule, name: str) -> dict[str, Any]:
     """What the host says of one workload."""
-    entry = {"configured": os.path.exists("/etc/bmigrate/%s.yml" % name), "discover": None, "error": None}
+    entry: dict[str, Any] = {
+        "configured": os.path.exists("/etc/bmigrate/%s.yml" % name),
+        "discover": None,
+        "error": None,
+    }
     if program(module, "bmigrate") is None or not entry["configured"]:
         return entry
     entry["discover"], entry["error"] = ask(module, ["handover", "discover", "--workload", name])
     return entry
 
 
-def main():
+def main() -> None:
     """Entry point."""
     module = AnsibleModule(
         argument_spec={

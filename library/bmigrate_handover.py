@@ -148,6 +148,7 @@ reason:
 
 import json
 import time
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.bmigrate_cli import call, explain
@@ -170,12 +171,12 @@ WORDS = (
 )
 
 
-def as_word(value):
+def as_word(value: Any) -> str:
     """A value as one word of a command line; dictionaries and lists as JSON."""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def argv(params):
+def argv(params: dict[str, Any]) -> list[str]:
     """The command line of a step, from the module's parameters."""
     step = params["step"]
     if step in FIRST_ROLE:
@@ -196,18 +197,18 @@ def argv(params):
     return words
 
 
-def state_of(answer):
+def state_of(answer: dict[str, Any]) -> dict[str, Any]:
     """The durable state in an answer of discover, {} when the host has none."""
     data = answer.get("data") or {}
     return data.get("state", data) or {}
 
 
-def discover(module):
+def discover(module: AnsibleModule) -> dict[str, Any]:
     """State of the workload on this host."""
     return state_of(call(module, ["bmigrate", "handover", "discover", "--workload", module.params["workload"]]))
 
 
-def done_already(state, params):
+def done_already(state: dict[str, Any], params: dict[str, Any]) -> bool:
     """Whether the step would only repeat what this host has recorded."""
     step = params["step"]
     if step in FIRST_ROLE:
@@ -216,12 +217,12 @@ def done_already(state, params):
     return any(record.get("run_id") == params["run_id"] and step in (record.get("results") or {}) for record in records)
 
 
-def phase_of(state):
+def phase_of(state: dict[str, Any]) -> str:
     """Role and phase in words, for the diff."""
     return "%s, %s\n" % (state.get("role", "none"), (state.get("handover") or {}).get("phase", "idle"))
 
 
-def first_role(module):
+def first_role(module: AnsibleModule) -> None:
     """Give the host its first role unless it has it."""
     before = discover(module)
     params = module.params
@@ -241,7 +242,7 @@ def first_role(module):
     )
 
 
-def main():
+def main() -> None:
     """Entry point."""
     module = AnsibleModule(
         argument_spec={

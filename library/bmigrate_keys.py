@@ -89,13 +89,14 @@ public_keys:
 
 import os
 import tempfile
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
 KEY_TYPE = "ssh-ed25519"
 
 
-def key_words(text):
+def key_words(text: str) -> str:
     """Type and key of a public key line, without options and comment."""
     words = text.split()
     if len(words) < 2 or words[0] != KEY_TYPE:
@@ -103,7 +104,7 @@ def key_words(text):
     return " ".join(words[:2])
 
 
-def read(path):
+def read(path: str) -> str:
     """Content of a text file, "" when there is none."""
     try:
         with open(path) as text:
@@ -112,12 +113,12 @@ def read(path):
         return ""
 
 
-def mark(workload, host):
+def mark(workload: str, host: str) -> str:
     """Comment by which a line of ours is known."""
     return "bmigrate:%s:%s" % (workload, host)
 
 
-def links(workloads, host, peers):
+def links(workloads: list[dict[str, Any]], host: str, peers: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry per workload whose peer is known: workload, peer, its address, port and keys."""
     found = []
     for entry in workloads:
@@ -136,13 +137,13 @@ def links(workloads, host, peers):
     return found
 
 
-def known_hosts(peer):
+def known_hosts(peer: dict[str, Any]) -> str:
     """The one line that pins a peer (format: sshd(8), SSH_KNOWN_HOSTS FILE FORMAT)."""
     name = peer["address"] if peer["port"] == 22 else "[%s]:%d" % (peer["address"], peer["port"])
     return "%s %s\n" % (name, key_words(peer["host_key"]))
 
 
-def admission(peer, command):
+def admission(peer: dict[str, Any], command: str) -> str:
     """The one line that lets a peer in, to one forced command only (format: sshd(8), AUTHORIZED_KEYS)."""
     return 'restrict,command="%s --workload %s" %s %s' % (
         command,
@@ -152,14 +153,14 @@ def admission(peer, command):
     )
 
 
-def admit(text, peers, command):
+def admit(text: str, peers: list[dict[str, Any]], command: str) -> str:
     """authorized_keys with our lines for these workloads replaced and every other line as it was."""
     ours = tuple("bmigrate:%s:" % peer["workload"] for peer in peers)
     kept = [line for line in text.splitlines() if not (line.split() and line.split()[-1].startswith(ours))]
     return "\n".join(kept + [admission(peer, command) for peer in peers]) + "\n"
 
 
-def replace(module, path, text, mode):
+def replace(module: AnsibleModule, path: str, text: str, mode: int) -> tuple[bool, dict[str, str] | None]:
     """Write a file atomically with the given mode; returns (changed, diff)."""
     before = read(path)
     diff = {"before": before, "after": text, "before_header": path, "after_header": path}
@@ -177,7 +178,7 @@ def replace(module, path, text, mode):
     return True, diff
 
 
-def make_key(module, workload):
+def make_key(module: AnsibleModule, workload: str) -> tuple[bool, str]:
     """The public key of a workload on this host, made when missing; returns (changed, type and key)."""
     path = os.path.join(module.params["directory"], workload)
     if os.path.exists(path) and os.path.exists(path + ".pub"):
@@ -199,7 +200,7 @@ def make_key(module, workload):
     return True, key_words(read(path + ".pub"))
 
 
-def main():
+def main() -> None:
     """Entry point."""
     module = AnsibleModule(
         argument_spec={

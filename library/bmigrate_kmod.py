@@ -111,62 +111,19 @@ commands:
 """
 
 import fcntl
-import gzip
 import hashlib
 import json
-import lzma
 import os
 import struct
+from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.bmigrate_elf import elf_build_id, notes_build_id, read_module
 
 ABI_IOCTL = 0x8004BE00  # _IOR(0xBE, 0, __u32), module_src/uapi/reqlog.h
-NOTE_NAME = b"GNU\0"
-NOTE_BUILD_ID = 3
-SECTION_NOTE = 7
 
 
-def notes_build_id(data):
-    """The GNU build-id in a sequence of ELF notes, in hexadecimal, or None (format: elf(5), Nhdr)."""
-    at = 0
-    while at + 12 <= len(data):
-        name_bytes, desc_bytes, kind = struct.unpack_from("<III", data, at)
-        name = data[at + 12 : at + 12 + name_bytes]
-        start = at + 12 + (name_bytes + 3) // 4 * 4
-        if kind == NOTE_BUILD_ID and name == NOTE_NAME:
-            return data[start : start + desc_bytes].hex()
-        at = start + (desc_bytes + 3) // 4 * 4
-    return None
-
-
-def elf_build_id(data):
-    """The GNU build-id of a 64-bit little-endian ELF file, in hexadecimal, or None (format: elf(5))."""
-    if data[:6] != b"\x7fELF\x02\x01":
-        return None
-    (table,) = struct.unpack_from("<Q", data, 40)
-    entry_bytes, count = struct.unpack_from("<HH", data, 58)
-    for index in range(count):
-        (kind,) = struct.unpack_from("<I", data, table + index * entry_bytes + 4)
-        offset, size = struct.unpack_from("<QQ", data, table + index * entry_bytes + 24)
-        found = notes_build_id(data[offset : offset + size]) if kind == SECTION_NOTE else None
-        if found:
-            return found
-    return None
-
-
-def read_module(path):
-    """Content of a kernel module file, unpacked when its name says it is packed."""
-    if path.endswith(".xz"):
-        with lzma.open(path) as packed:
-            return packed.read()
-    if path.endswith(".gz"):
-        with gzip.open(path) as packed:
-            return packed.read()
-    with open(path, "rb") as plain:
-        return plain.read()
-
-
-def source_digest(directory):
+def source_digest(directory: str) -> str:
     """SHA-256 over names and content of all files below a directory."""
     digest = hashlib.sha256()
     for root, names, files in os.walk(directory):
@@ -179,7 +136,7 @@ def source_digest(directory):
     return digest.hexdigest()
 
 
-def loaded_build_id(name, sysfs="/sys/module"):
+def loaded_build_id(name: str, sysfs: str = "/sys/module") -> str | None:
     """Build-id of the loaded module, "" when it has none, None when it is not loaded."""
     directory = os.path.join(sysfs, name)
     if not os.path.isdir(directory):
@@ -191,7 +148,7 @@ def loaded_build_id(name, sysfs="/sys/module"):
         return ""
 
 
-def users(name, sysfs="/sys/module"):
+def users(name: str, sysfs: str = "/sys/module") -> int:
     """How many users the loaded module has (open files, attachments, other modules)."""
     with open(os.path.join(sysfs, name, "refcnt")) as count:
         return int(count.read())
@@ -200,14 +157,14 @@ def users(name, sysfs="/sys/module"):
 class Kmod:
     """One package of kernel modules on this host, for the running kernel."""
 
-    def __init__(self, module):
+    def __init__(self, module: AnsibleModule) -> None:
         self.module = module
         self.params = module.params
         self.kernel = os.uname().release
-        self.commands = []
+        self.commands: list[str] = []
         self.package = "%s/%s" % (self.params["name"], self.params["version"])
 
-    def run(self, *cmd):
+    def run(self, *cmd: str) -> None:
         """Run a command that changes something; any failure ends the module, with the end of its output."""
         rc, out, err = self.module.run_command(list(cmd))
         if rc != 0:
@@ -219,7 +176,7 @@ class Kmod:
             )
         self.commands.append(" ".join(cmd))
 
-    def fail(self, message, **facts):
+    def fail(self, message: str, **facts: Any) -> NoReturn:
         """End the module; the host is named."""
         self.module.fail_json(
             msg="%s (host %s, kernel %s)" % (message, os.uname().nodename, self.kernel),
@@ -227,8 +184,9 @@ class Kmod:
             kernel=self.kernel,
             **facts,
         )
+        raise SystemExit(1)  # fail_json does not return; said for type checkers
 
-    def file_of(self, name):
+    def file_of(self, name: str) -> str | None:
         """Installed file of a module, or None."""
         base = os.path.join("/lib/modules", self.kernel)
         for folder in ("updates/dkms", "updates", "extra"):
@@ -238,7 +196,7 @@ class Kmod:
                     return path
         return None
 
-    def modules(self):
+    def modules(self) -> dict[str, dict[str, Any]]:
         """File and both build-ids of every module."""
         found = {}
         for name in self.params["modules"]:
@@ -250,7 +208,7 @@ class Kmod:
             }
         return found
 
-    def dkms_state(self):
+    def dkms_state(self) -> str:
         """Word of DKMS for this package and the running kernel: "", added, built or installed."""
         rc, out, err = self.module.run_command(
             ["dkms", "status", "-m", self.params["name"], "-v", self.params["version"]]
@@ -268,7 +226,7 @@ class Kmod:
             state = "added"
         return state
 
-    def current(self, digest, found):
+    def current(self, digest: str, found: dict[str, dict[str, Any]]) -> bool:
         """Whether the installed files are those of this very source."""
         try:
             with open(self.params["stamp"]) as stamp:
@@ -283,7 +241,7 @@ class Kmod:
             and noted.get("build_ids") == ids
         )
 
-    def note(self, digest, found):
+    def note(self, digest: str, found: dict[str, dict[str, Any]]) -> None:
         """Remember what was built, atomically: the next run compares with it."""
         os.makedirs(os.path.dirname(self.params["stamp"]), mode=0o700, exist_ok=True)
         temporary = self.params["stamp"] + ".new"
@@ -300,7 +258,7 @@ class Kmod:
             os.fsync(stamp.fileno())
         os.replace(temporary, self.params["stamp"])
 
-    def need_tools(self):
+    def need_tools(self) -> None:
         """Refuse, before anything changes, when the build cannot work."""
         if not os.path.isdir(self.params["source"]) and not self.module.check_mode:
             self.fail("there is no module source at %s" % self.params["source"], reason="source_missing")
@@ -314,7 +272,7 @@ class Kmod:
             if self.module.get_bin_path(tool) is None:
                 self.fail("%s is missing -- install the package %s" % (tool, package), reason="tool_missing")
 
-    def build(self, digest):
+    def build(self, digest: str) -> None:
         """Add, build and install by DKMS; an older build of other source goes first."""
         if self.dkms_state():
             self.run("dkms", "remove", self.package, "-k", self.kernel) if self.dkms_state() != "added" else None
@@ -324,7 +282,7 @@ class Kmod:
         self.run("dkms", "install", self.package, "-k", self.kernel, "--force")
         self.note(digest, self.modules())
 
-    def unload(self, names):
+    def unload(self, names: list[str]) -> None:
         """Take loaded modules out, last first; one that is in use is refused by name."""
         for name in reversed(names):
             if loaded_build_id(name) is None:
@@ -337,7 +295,7 @@ class Kmod:
                 )
             self.run("rmmod", name)
 
-    def load(self):
+    def load(self) -> None:
         """Load what is missing; replace what is another build and unused."""
         found = self.modules()
         if any(entry["loaded_build_id"] not in (None, entry["file_build_id"]) for entry in found.values()):
@@ -346,7 +304,7 @@ class Kmod:
             if loaded_build_id(name) is None:
                 self.run("modprobe", name)
 
-    def abi(self):
+    def abi(self) -> int:
         """ABI number from the control device."""
         try:
             control = os.open(self.params["control"], os.O_RDWR | os.O_CLOEXEC)
@@ -359,7 +317,7 @@ class Kmod:
         finally:
             os.close(control)
 
-    def verify(self):
+    def verify(self) -> int:
         """The loaded build is the installed one and speaks our ABI; returns the ABI number."""
         for name, entry in self.modules().items():
             if not entry["file_build_id"] or entry["loaded_build_id"] != entry["file_build_id"]:
@@ -378,7 +336,7 @@ class Kmod:
         return number
 
 
-def ensure_absent(kmod):
+def ensure_absent(kmod: Kmod) -> tuple[bool, dict[str, Any]]:
     """Unload and remove; returns (changed, facts)."""
     loaded = [name for name in kmod.params["modules"] if loaded_build_id(name) is not None]
     present = kmod.module.get_bin_path("dkms") is not None and bool(kmod.dkms_state())
@@ -391,7 +349,7 @@ def ensure_absent(kmod):
     return bool(loaded) or present, {}
 
 
-def ensure_present(kmod):
+def ensure_present(kmod: Kmod) -> tuple[bool, dict[str, Any]]:
     """Build, load, verify as asked; returns (changed, facts)."""
     check = kmod.module.check_mode
     digest = source_digest(kmod.params["source"])
@@ -414,7 +372,7 @@ def ensure_present(kmod):
     return rebuild or before != after, facts
 
 
-def summary(modules):
+def summary(modules: dict[str, dict[str, Any]]) -> str:
     """The states of all modules as text, for the diff."""
     return "".join(
         "%s: installed %s, loaded %s\n" % (name, entry["file_build_id"], entry["loaded_build_id"])
@@ -422,7 +380,7 @@ def summary(modules):
     )
 
 
-def main():
+def main() -> None:
     """Entry point."""
     module = AnsibleModule(
         argument_spec={

@@ -88,11 +88,12 @@ import hashlib
 import io
 import os
 import tarfile
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
 
-def expand(entry):
+def expand(entry: dict[str, Any]) -> list[tuple[str, str]]:
     """Pairs of (file on the controller, path on the host) of one entry."""
     if not os.path.isdir(entry["src"]):
         return [(entry["src"], entry["dest"])]
@@ -107,7 +108,7 @@ def expand(entry):
     return found
 
 
-def member(path, mode):
+def member(path: str, mode: int) -> tarfile.TarInfo:
     """A tar header that is the same on every controller and at any time."""
     info = tarfile.TarInfo(path.lstrip("/"))
     info.mode = mode
@@ -116,7 +117,7 @@ def member(path, mode):
     return info
 
 
-def pack(files, links):
+def pack(files: list[dict[str, Any]], links: dict[str, str]) -> tuple[bytes, list[str]]:
     """The archive as bytes and the sorted paths in it."""
     contents = {}
     for entry in files:
@@ -138,7 +139,7 @@ def pack(files, links):
     return buffer.getvalue(), sorted(contents) + sorted(links)
 
 
-def main():
+def main() -> None:
     """Entry point."""
     module = AnsibleModule(
         argument_spec={

@@ -129,6 +129,7 @@ volumes:
 
 import os
 import time
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -158,22 +159,22 @@ DONE_AT_TARGET = {
 }
 
 
-def new_run_id():
+def new_run_id() -> str:
     """A run id that sorts by time and does not repeat."""
     return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + "-" + os.urandom(4).hex()
 
 
-def same(one, other):
+def same(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
     """Whether two generations are the same: number and id."""
-    return bool(one and other) and (one["number"], one["id"]) == (other["number"], other["id"])
+    return one is not None and other is not None and (one["number"], one["id"]) == (other["number"], other["id"])
 
 
-def entry_of(result, workload):
+def entry_of(result: dict[str, Any], workload: str) -> dict[str, Any]:
     """What a host said of a workload."""
     return result["ansible_facts"]["bmigrate"]["workloads"].get(workload) or {}
 
 
-def state_of(result, workload):
+def state_of(result: dict[str, Any], workload: str) -> dict[str, Any]:
     """Durable state of a workload as the host told it; role none when the host has none."""
     data = entry_of(result, workload).get("discover") or {}
     state = data.get("state", data) or {}
@@ -183,7 +184,7 @@ def state_of(result, workload):
     )
 
 
-def volumes_of(result, workload):
+def volumes_of(result: dict[str, Any], workload: str) -> list[dict[str, Any]]:
     """Sizes of the volumes that a host found, as the other host needs them to refuse an unfit device."""
     found = (entry_of(result, workload).get("discover") or {}).get("volumes") or {}
     return [
@@ -193,7 +194,7 @@ def volumes_of(result, workload):
     ]
 
 
-def unready(workload, host, result):
+def unready(workload: str, host: str, result: dict[str, Any] | None) -> str | None:
     """What hides the state of a host: not reached, not installed, not configured, no answer; or None."""
     if result is None:
         return "host %s is not in the inventory, or was left out by --limit" % host
@@ -216,7 +217,7 @@ def unready(workload, host, result):
     return None
 
 
-def forked(states, hosts):
+def forked(states: dict[str, dict[str, Any]], hosts: list[str]) -> str | None:
     """A sentence when the histories contradict each other, else None."""
     known = {item["number"]: item["id"] for item in states[hosts[0]]["history"]}
     for item in states[hosts[1]]["history"]:
@@ -228,13 +229,13 @@ def forked(states, hosts):
     return None
 
 
-def side_of(states, hosts, side):
+def side_of(states: dict[str, dict[str, Any]], hosts: list[str], side: str) -> str | None:
     """Host on which a handover is open on that side, or None."""
     found = [host for host in hosts if (states[host]["handover"] or {}).get("side") == side]
     return found[0] if len(found) == 1 else None
 
 
-def recorded(source, target):
+def recorded(source: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
     """Candidate, digest and certificate that the two states of an open handover hold."""
     ours, theirs = source["handover"] or {}, target["handover"] or {}
     results = ours.get("results") or {}
@@ -245,7 +246,7 @@ def recorded(source, target):
     }
 
 
-def steps_left(source, target):
+def steps_left(source: dict[str, Any], target: dict[str, Any]) -> list[str]:
     """Steps that an open handover has not done yet, in order."""
     ours, theirs = source["handover"], target["handover"]
     left = list(LEFT_AT_SOURCE[ours["phase"]]) if ours else ["promote", "start", "finish_target"]
@@ -256,7 +257,7 @@ def steps_left(source, target):
     return left
 
 
-def plan_open(plan, states, hosts):
+def plan_open(plan: dict[str, Any], states: dict[str, dict[str, Any]], hosts: list[str]) -> None:
     """Continue, or first undo, a handover that is open on the hosts."""
     source_host, target_host = side_of(states, hosts, "source"), side_of(states, hosts, "target")
     if source_host is None:
@@ -292,7 +293,7 @@ def plan_open(plan, states, hosts):
     plan.update(run_id=(ours or theirs)["run_id"], continued=True, steps=steps_left(*now), known=recorded(*now))
 
 
-def plan_new(plan, states, hosts):
+def plan_new(plan: dict[str, Any], states: dict[str, dict[str, Any]], hosts: list[str]) -> None:
     """A new handover from the one primary to the one standby of the same generation."""
     primaries = [host for host in hosts if states[host]["role"] == "primary"]
     standbys = [host for host in hosts if states[host]["role"] == "standby"]
@@ -315,7 +316,7 @@ def plan_new(plan, states, hosts):
     plan["steps"] = list(STEPS)
 
 
-def plan_sync(plan, states, hosts, initial_primary):
+def plan_sync(plan: dict[str, Any], states: dict[str, dict[str, Any]], hosts: list[str], initial_primary: str) -> None:
     """Who is to be made primary or standby so that shipping can go on."""
     roles = {host: states[host]["role"] for host in hosts}
     primaries = [host for host in hosts if roles[host] == "primary"]
@@ -346,9 +347,11 @@ def plan_sync(plan, states, hosts, initial_primary):
         )
 
 
-def decide(workload, hosts, reports, purpose="handover", initial_primary=""):
+def decide(
+    workload: str, hosts: list[str], reports: dict[str, Any], purpose: str = "handover", initial_primary: str = ""
+) -> dict[str, Any]:
     """The whole plan as a dictionary; see RETURN."""
-    plan = {
+    plan: dict[str, Any] = {
         "workload": workload,
         "source": "",
         "target": "",
@@ -393,7 +396,7 @@ def decide(workload, hosts, reports, purpose="handover", initial_primary=""):
     return plan
 
 
-def main():
+def main() -> None:
     """Entry point."""
     module = AnsibleModule(
         argument_spec={

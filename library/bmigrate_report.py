@@ -88,6 +88,7 @@ import html
 import json
 import os
 import time
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -112,7 +113,7 @@ STYLE = (
 )
 
 
-def results_of(state, run_id):
+def results_of(state: dict[str, Any], run_id: str) -> dict[str, Any]:
     """Step results of a run that a host keeps, {} when it has none."""
     for record in (state.get("handover"), state.get("last_handover")):
         if record and record.get("run_id") == run_id:
@@ -120,7 +121,7 @@ def results_of(state, run_id):
     return {}
 
 
-def phases(source, target):
+def phases(source: dict[str, Any], target: dict[str, Any]) -> list[dict[str, Any]]:
     """Seconds of each phase that the hosts recorded, in order, with its parts."""
     found = []
     for side, step in PHASES:
@@ -138,7 +139,7 @@ def phases(source, target):
     return found
 
 
-def downtime(clock, source, target):
+def downtime(clock: dict[str, float], source: dict[str, Any], target: dict[str, Any]) -> tuple[float | None, ...]:
     """(seconds by the controller's clock or None, seconds by the hosts' clocks or None)."""
     ours = clock["run"] - clock["stop"] if "run" in clock and "stop" in clock else None
     stopped = (source.get("quiesce") or {}).get("stopped_at")
@@ -150,7 +151,13 @@ def downtime(clock, source, target):
     return tuple(None if value is None else round(value, 3) for value in (ours, theirs))
 
 
-def make(plan, source, target, failure, clock):
+def make(
+    plan: dict[str, Any],
+    source: dict[str, Any],
+    target: dict[str, Any],
+    failure: dict[str, Any],
+    clock: dict[str, float],
+) -> dict[str, Any]:
     """The whole report as a dictionary; see RETURN."""
     ours, theirs = results_of(source, plan["run_id"]), results_of(target, plan["run_id"])
     drained = ours.get("drain") or {}
@@ -184,12 +191,12 @@ def make(plan, source, target, failure, clock):
     }
 
 
-def known(value, unit=""):
+def known(value: Any, unit: str = "") -> str:
     """A value for people; 'not known' for None."""
     return "not known" if value is None else "%s%s" % (value, unit)
 
 
-def rows(report):
+def rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """The report's facts as (label, text) for text and page."""
     generation = report["generation"] or {}
     return [
@@ -206,7 +213,7 @@ def rows(report):
     ]
 
 
-def as_text(report):
+def as_text(report: dict[str, Any]) -> list[str]:
     """The report in lines."""
     lines = ["Handover of workload %s" % report["workload"]]
     lines += ["  %-32s %s" % row for row in rows(report)]
@@ -219,7 +226,7 @@ def as_text(report):
     return lines + ["  note: %s" % text for text in report["problems"]]
 
 
-def as_page(report):
+def as_page(report: dict[str, Any]) -> str:
     """The report as one page that needs nothing else."""
     longest = max([item["seconds"] or 0 for item in report["phases"]] + [0.001])
     bars = "".join(
@@ -258,7 +265,7 @@ def as_page(report):
     )
 
 
-def write(directory, report):
+def write(directory: str, report: dict[str, Any]) -> list[str]:
     """Both files, each replaced whole; returns their paths."""
     os.makedirs(directory, exist_ok=True)
     base = os.path.join(os.path.realpath(directory), "handover-%s-%s" % (report["workload"], report["run_id"]))
@@ -270,7 +277,7 @@ def write(directory, report):
     return sorted(files)
 
 
-def main():
+def main() -> None:
     """Entry point."""
     module = AnsibleModule(
         argument_spec={

@@ -74,19 +74,21 @@ rc:
   type: int
 """
 
+from typing import Any
+
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.bmigrate_cli import call
 
 ACTIONS = {"status": "status", "in_step": "sync", "paused": "pause", "shipping": "resume", "verified": "verify"}
 
 
-def argv(state, workload, timeout_seconds):
+def argv(state: str, workload: str, timeout_seconds: int) -> list[str]:
     """The command line for a wanted state."""
     words = ["bmigrate", ACTIONS[state], "--workload", workload]
     return [*words, "--wait", "--timeout", str(timeout_seconds)] if state == "in_step" else words
 
 
-def status(module):
+def status(module: AnsibleModule) -> dict[str, Any]:
     """What the daemon says of the workload now, {} when it says nothing."""
     data = call(module, argv("status", module.params["workload"], 0))["data"] or {}
     for entry in data.get("workloads") or []:
@@ -95,19 +97,19 @@ def status(module):
     return {}
 
 
-def in_words(entry):
+def in_words(entry: dict[str, Any]) -> str:
     """State of shipping as text, for the diff."""
     return "%s\n" % entry.get("state", "unknown")
 
 
-def would_change(entry, wanted):
+def would_change(entry: dict[str, Any], wanted: str) -> bool:
     """Whether reaching the wanted state changes anything."""
     if wanted == "paused":
         return entry.get("state") != "paused"
     return wanted == "shipping" and entry.get("state") == "paused"
 
 
-def main():
+def main() -> None:
     """Entry point."""
     module = AnsibleModule(
         argument_spec={

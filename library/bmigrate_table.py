@@ -59,6 +59,8 @@ text:
   elements: str
 """
 
+from typing import Any
+
 from ansible.module_utils.basic import AnsibleModule
 
 COLUMNS = (
@@ -73,7 +75,7 @@ COLUMNS = (
 )
 
 
-def problem_of(workload, result):
+def problem_of(workload: str, result: dict[str, Any] | None) -> str | None:
     """Why a host says nothing of a workload, or None."""
     if result is None:
         return "not in the inventory, or left out by --limit"
@@ -88,7 +90,7 @@ def problem_of(workload, result):
     return entry.get("error") or (None if entry.get("configured") else "not configured")
 
 
-def suspicion(found):
+def suspicion(found: dict[str, Any]) -> str | None:
     """What is suspect on a host, in words, or None."""
     for daemon in ("breqd", "hold"):
         for volume in (found.get(daemon) or {}).get("volumes") or []:
@@ -99,15 +101,16 @@ def suspicion(found):
     return None
 
 
-def line(workload, host, result):
+def line(workload: str, host: str, result: dict[str, Any] | None) -> dict[str, Any]:
     """The line of one workload on one host."""
     entry = dict.fromkeys(("role", "generation", "state", "bytes_left", "lag_seconds", "phase"))
     entry.update(workload=workload, host=host, problem=problem_of(workload, result))
     if entry["problem"]:
         return entry
-    found = result["ansible_facts"]["bmigrate"]["workloads"][workload]["discover"] or {}
+    answers: dict[str, Any] = (result or {})["ansible_facts"]["bmigrate"]["workloads"]
+    found = answers[workload]["discover"] or {}
     state = found.get("state") or {}
-    shipping = next(
+    shipping: dict[str, Any] = next(
         (item for item in (found.get("ship") or {}).get("workloads") or [] if item.get("workload") == workload), {}
     )
     open_run = state.get("handover") or {}
@@ -128,7 +131,7 @@ def line(workload, host, result):
     return entry
 
 
-def short(key, value):
+def short(key: str, value: Any) -> str:
     """A value for a cell of the table."""
     if value is None:
         return "-"
@@ -141,7 +144,7 @@ def short(key, value):
     return "%.1f s" % value if key == "lag_seconds" else str(value)
 
 
-def as_text(lines):
+def as_text(lines: list[dict[str, Any]]) -> list[str]:
     """The table, columns as wide as their widest cell."""
     cells = [[title for dummy, title in COLUMNS]]
     cells += [[short(key, entry[key]) for key, dummy in COLUMNS] for entry in lines]
@@ -149,7 +152,7 @@ def as_text(lines):
     return ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in cells]
 
 
-def main():
+def main() -> None:
     """Entry point."""
     module = AnsibleModule(
         argument_spec={

@@ -65,28 +65,32 @@ import os
 import stat
 import tarfile
 import tempfile
+from typing import Optional, Tuple, Union
 
 from ansible.module_utils.basic import AnsibleModule
 
 DIFF_LIMIT_BYTES = 64 * 1024
+Content = Union[bytes, str]  # data of a file, or target of a link
+Entry = Tuple[Content, Optional[int]]
 
 
-def wanted(archive):
+def wanted(archive: str) -> dict[str, Entry]:
     """What the archive says: path -> (data or link target, mode or None for a link)."""
-    found = {}
+    found: dict[str, Entry] = {}
     with tarfile.open(archive) as members:
         for info in members:
             path = os.path.normpath("/" + info.name)
             if info.issym():
                 found[path] = (info.linkname, None)
             elif info.isfile() and ".." not in info.name.split("/"):
-                found[path] = (members.extractfile(info).read(), info.mode)
+                stream = members.extractfile(info)
+                found[path] = (stream.read() if stream else b"", info.mode)
             else:
                 raise ValueError("%s is neither a file nor a link, or leads out of the tree" % info.name)
     return found
 
 
-def present(path, content, mode):
+def present(path: str, content: Content, mode: int | None) -> bool:
     """Whether the path is already as wanted."""
     try:
         status = os.lstat(path)
@@ -100,10 +104,10 @@ def present(path, content, mode):
         return stream.read() == content
 
 
-def write(path, content, mode):
+def write(path: str, content: Content, mode: int | None) -> None:
     """Replace one path atomically and durably."""
     os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-    if mode is None:
+    if mode is None or isinstance(content, str):
         temporary = tempfile.mktemp(dir=os.path.dirname(path), prefix=".bmigrate-")
         os.symlink(content, temporary)
     else:
@@ -117,7 +121,7 @@ def write(path, content, mode):
     os.replace(temporary, path)
 
 
-def remove(path):
+def remove(path: str) -> None:
     """Take a path away, and the directories of ours that only it kept."""
     os.unlink(path)
     folder = os.path.dirname(path)
@@ -126,7 +130,7 @@ def remove(path):
         folder = os.path.dirname(folder)
 
 
-def shown(path, content=None):
+def shown(path: str, content: Content | None = None) -> str:
     """Text of a file for the diff; a note when it is no short text."""
     if content is None:
         try:
@@ -142,7 +146,7 @@ def shown(path, content=None):
         return "(%d bytes, not text)\n" % len(content)
 
 
-def listed(path):
+def listed(path: str) -> list[str]:
     """Paths that the last archive brought."""
     try:
         with open(path) as stream:
@@ -151,7 +155,7 @@ def listed(path):
         return []
 
 
-def main():
+def main() -> None:
     """Entry point."""
     module = AnsibleModule(
         argument_spec={

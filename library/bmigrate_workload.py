@@ -62,12 +62,13 @@ units:
 import os
 import shutil
 import tempfile
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.bmigrate_cli import call, program
 
 
-def write(path, text):
+def write(path: str, text: str) -> None:
     """Replace a file atomically and durably; only root reads it."""
     os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".bmigrate-")
@@ -79,7 +80,7 @@ def write(path, text):
     os.replace(temporary, path)
 
 
-def read(path):
+def read(path: str) -> str:
     """Text of a file, "" when there is none."""
     try:
         with open(path) as stream:
@@ -88,13 +89,13 @@ def read(path):
         return ""
 
 
-def units(module, directory, *words):
+def units(module: AnsibleModule, directory: str, *words: str) -> dict[str, Any]:
     """Have the program make the units from the configuration in a directory; {changed, data}."""
     os.environ["BMIGRATE_ETC"] = directory
     return call(module, ["bmigrate", "units", "--workload", module.params["name"], "--diff", *list(words)])
 
 
-def validated(module, text):
+def validated(module: AnsibleModule, text: str) -> dict[str, Any]:
     """What would change in the units with this configuration; a wrong one ends the module."""
     scratch = tempfile.mkdtemp(prefix="bmigrate-")
     try:
@@ -105,7 +106,7 @@ def validated(module, text):
         shutil.rmtree(scratch)
 
 
-def main():
+def main() -> None:
     """Entry point."""
     module = AnsibleModule(
         argument_spec={
@@ -127,7 +128,7 @@ def main():
             module.fail_json(msg="bmigrate is not installed on host %s -- run install.yml" % os.uname().nodename)
         module.exit_json(changed=bool(diff), units=[], diff=diff)
     if params["state"] == "absent":
-        answer = (
+        answer: dict[str, Any] = (
             units(module, params["directory"], "--remove", *(["--check"] if module.check_mode else []))
             if before
             else {"changed": False, "data": {}}

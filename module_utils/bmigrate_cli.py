@@ -9,6 +9,7 @@ here decides anything or changes a role: the programs on the host do.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 EXIT_CODES = {
     0: "done",
@@ -22,12 +23,12 @@ EXIT_CODES = {
 }
 
 
-def program(module, name):
+def program(module: Any, name: str) -> str | None:
     """Path of a program, or None when it is not installed on this host."""
     return module.get_bin_path(name, required=False)
 
 
-def envelope(out):
+def envelope(out: str) -> dict[str, Any] | None:
     """The answer on stdout; None when stdout is not one object of schema 1."""
     try:
         answer = json.loads(out)
@@ -36,7 +37,7 @@ def envelope(out):
     return answer if isinstance(answer, dict) and answer.get("schema") == 1 else None
 
 
-def explain(error):
+def explain(error: dict[str, Any]) -> str:
     """An error as one sentence: what failed, which volume and host, what to do next."""
     where = ", ".join("%s %s" % (key, error[key]) for key in ("volume", "host") if error.get(key))
     text = str(error.get("message") or "error without a message")
@@ -47,7 +48,7 @@ def explain(error):
     return text
 
 
-def call(module, argv, accept=()):
+def call(module: Any, argv: list[str], accept: tuple[int, ...] = ()) -> dict[str, Any]:
     """Run a program; its answer as a dictionary with cmd and rc. Any other exit code ends the module.
 
     Args:
@@ -63,6 +64,7 @@ def call(module, argv, accept=()):
     facts = {"cmd": cmd, "rc": rc, "meaning": EXIT_CODES.get(rc, "unknown")}
     if answer is None:
         module.fail_json(msg="%s did not answer in the documented form" % argv[0], stdout=out, stderr=err, **facts)
+        raise SystemExit(1)  # fail_json does not return; said for type checkers
     if rc != 0 and rc not in accept:
         error = answer.get("error") or {}
         module.fail_json(
