@@ -185,10 +185,8 @@ class Tracker:
         for stale in control.list():
             if os.makedev(stale.major, stale.minor) == number and not stale.draining and self._is_free(stale):
                 control.detach(stale.slot, stale.attachment_id)
-        fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+        fd = self._open_device(device, number, key[1])
         try:
-            if os.fstat(fd).st_rdev != number:
-                raise RefusedError(f"{device} changed while it was opened", volume=key[1], reason="device_changed")
             entry = control.attach(fd, region, volume=device)
         except KernelError as error:
             raise as_refusal(error, key[1]) from error
@@ -196,6 +194,14 @@ class Tracker:
             os.close(fd)
         faults.point("breqd.attached")
         return entry
+
+    def _open_device(self, device: str, number: int, volume: str) -> int:
+        """The very device that was looked at, whatever the path leads to by now."""
+        fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+        if os.fstat(fd).st_rdev != number:
+            os.close(fd)
+            raise RefusedError(f"{device} changed while it was opened", volume=volume, reason="device_changed")
+        return fd
 
     def _is_free(self, entry: Attachment) -> bool:
         return entry.slot not in self._by_slot

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The real daemon as a process: killed at every place where a write could be lost, and nothing is.
+
+A writer changes a device and its completions are recorded; a shipper claims, reads, "sends" and
+acknowledges; the daemon dies again and again. At the end the replica equals the device.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bmigrate.common.errors import BmigrateError, RefusedError, UnreachableError
+from tests.unit.breqd_harness import GRANULE, Host
+
+SIZES = {"a": 900 * GRANULE - 512, "b": 70 * GRANULE}
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    """A primary with two volumes."""
+    item = Host(tmp_path, SIZES)
+    yield item
+    item.close()
+
+
+class Replication:
+    """Device and replica as content numbers by block, a writer thread, and a shipper."""
+
+    def __init__(self, host: Host, seed: int) -> None:
+        self.host, self.random = host, random.Random(seed)
+        self.lock = threading.Lock()
+        self.device: dict[tuple[str, int], int] = {}
+        self.replica: dict[tuple[str, int], int] = {}
+        self.stopping = threading.Event()
+        self.content = self.epoch = self.redirtied = 0
+        self.thread = threading.Thread(target=self._write, daemon=True)
+
+    def _write(self) -> None:
+        rng = random.Random(self.random.random())
+        while not self.stopping.is_set():
+            name = rng.choice(sorted(SIZES))
+            blocks = -(-SIZES[name] // GRANULE)
+            start = rng.randrange(blocks)
+            count = min(rng.choice([1, 1, 1, 2, 30]), blocks - start)
+            with self.lock:
+                self.content += 1
+                for block in range(start, start + count):
+                    self.device[name, block] = self.content
+            # The record is made at completion: after the content is on the device.
+            self.host.kernel.write(self.host.slot(name), 2048 + start * 8, count * 8)
+            # Some records are always waiting, so that there is something to lose; never a mountain of them.
+            while len(self.host.kernel.log) > 300 and not self.stopping.is_set():
+                time.sleep(0.002)
+
+    def ship(self, limit: int) -> bool:
+        """One session: fence, claim and acknowledge up to ``limit`` claims; True when nothing was left."""
+        with self.host.client() as client:
+            self.epoch += 1
+            client.call("fence", workload="w", epoch=self.epoch, fence_id=str(self.epoch))
+            idle = 0
+            for _ in range(limit):
+                name = self.random.choice(sorted(SIZES))
+                size = self.random.choice([1, 20, 200]) * GRANULE
+                taken = client.call(
+                    "claim", workload="w", volume=name, epoch=self.epoch, max_bytes=size, from_offset_bytes=0
+                )
+                if taken["claim"] is None:
+                    idle += 1
+                    if idle > 20:
+                        return True
+                    continue
+                idle = 0
+                with self.lock:
+                    for offset, length in taken["extents"]:
+                        assert offset + length <= SIZES[name]
+                        for block in range(offset // GRANULE, -(-(offset + length) // GRANULE)):
+                            self.replica[name, block] = self.device.get((name, block), 0)
+                answer = client.call("ack", workload="w", volume=name, claim=taken["claim"])
+                self.redirtied += answer.get("redirtied_bytes", 0)
+            return False
+
+
+FAULTS = ["breqd.batch", "breqd.marked", "breqd.consumed", "breqd.claimed", "breqd.acknowledged", "breqd.fenced"]
+
+
+@pytest.mark.parametrize("seed", [11, 12, 13])
+def test_killed_anywhere_nothing_is_lost(host: Host, seed: int) -> None:
+    host.start()
+    for name in SIZES:
+        assert host.call("attach", workload="w", volume=name, mode="seed")["suspect"] is None
+    world = Replication(host, seed)
+    world.thread.start()
+    deaths = 0
+    for fault in FAULTS * 2:
+        host.kill()
+        host.start(f"{fault}=kill@{world.random.randint(1, 12)}")
+        deadline = time.monotonic() + 30
+        try:
+            while time.monotonic() < deadline:
+                world.ship(30)
+        except UnreachableError:
+            deaths += 1
+    assert deaths == len(FAULTS) * 2, "the fault points were not reached"
+    assert host.process is not None
+    host.process.wait(10)
+    host.start()
+    for name in SIZES:
+        assert host.volume(name)["suspect"] is None, "a killed daemon is not a reason to compare everything"
+        assert host.volume(name)["seed_count"] == 1
+    for _ in range(5):
+        world.ship(20)
+    world.stopping.set()
+    world.thread.join()
+    before = host.call("barrier", workload="w", drain=True)["total_records"]
+    while not world.ship(10000):
+        pass
+    assert host.call("barrier", workload="w", drain=True)["total_records"] == before
+    assert host.kernel.handed_again > 0, "no batch was ever given out again, so redelivery was not tested"
+    for name in SIZES:
+        status = host.volume(name)
+        assert (status["dirty_bytes"], status["claimed_bytes"]) == (0, 0)
+    differs = sorted(key for key, content in world.device.items() if world.replica.get(key) != content)
+    assert differs == []
+
+
+def test_claims_need_a_fence_also_after_a_restart(host: Host) -> None:
+    host.start()
+    host.call("attach", workload="w", volume="a", mode="seed")
+
+    def claim(epoch: int) -> dict[str, object]:
+        return host.call("claim", workload="w", volume="a", epoch=epoch, max_bytes=GRANULE, from_offset_bytes=0)
+
+    with pytest.raises(RefusedError) as refused:
+        claim(1)
+    assert refused.value.reason == "not_fenced"
+    host.call("fence", workload="w", epoch=5, fence_id="x")
+    taken = claim(5)
+    with pytest.raises(RefusedError) as refused:
+        claim(4)
+    assert refused.value.reason == "stale_epoch"
+    host.kill()
+    host.start()
+    with pytest.raises(RefusedError) as refused:
+        claim(5)
+    assert refused.value.reason == "not_fenced"
+    assert host.call("ack", workload="w", volume="a", claim=taken["claim"])["ignored"]
+    assert host.volume("a")["dirty_bytes"] == SIZES["a"], "what was claimed is dirty again after a restart"
+    with pytest.raises(RefusedError) as refused:
+        host.call("fence", workload="w", epoch=5, fence_id="y")
+    assert refused.value.reason == "stale_epoch"
+    host.call("fence", workload="w", epoch=6, fence_id="y")
+    assert claim(6)["claim"] is not None
+
+
+def test_an_ended_session_keeps_its_claims_until_the_next_fence(host: Host) -> None:
+    host.start()
+    host.call("attach", workload="w", volume="a", mode="seed")
+    host.call("fence", workload="w", epoch=1, fence_id="x")
+    taken = host.call("claim", workload="w", volume="a", epoch=1, max_bytes=8 * GRANULE, from_offset_bytes=0)
+    host.call("end_session", workload="w", epoch=1)
+    assert host.call("ack", workload="w", volume="a", claim=taken["claim"])["ignored"]
+    assert host.volume("a")["claimed_bytes"] == 8 * GRANULE, "an old receiver may still write these blocks"
+    host.call("fence", workload="w", epoch=2, fence_id="y")
+    assert (host.volume("a")["claimed_bytes"], host.volume("a")["dirty_bytes"]) == (0, SIZES["a"])
+
+
+def test_a_crash_of_the_host_makes_the_volume_suspect_and_a_resync_ends_that(host: Host) -> None:
+    host.start()
+    host.call("attach", workload="w", volume="a", mode="seed")
+    host.power_cycle()
+    host.start()
+    status = host.volume("a")
+    assert status["attached"] and "not closed in good order" in status["suspect"]
+    host.kill()
+    host.start()
+    assert "not closed in good order" in host.volume("a")["suspect"], "a suspicion survives the daemon"
+    resync = host.call("resync_begin", workload="w", volume="a")["resync_id"]
+    host.call("mark", workload="w", volume="a", extents=[[GRANULE, 10]], reason="resync")
+    host.call("suspect", workload="w", volume="a", reason="something new")
+    with pytest.raises(RefusedError) as refused:
+        host.call("resync_end", workload="w", volume="a", resync_id=resync)
+    assert refused.value.reason == "new_suspicion"
+    resync = host.call("resync_begin", workload="w", volume="a")["resync_id"]
+    host.call("resync_end", workload="w", volume="a", resync_id=resync)
+    status = host.volume("a")
+    assert status["suspect"] is None and status["resync_count"] == 1
+    host.kill()
+    host.start()
+    assert host.volume("a")["suspect"] is None
+
+
+def test_the_module_lost_its_attachment_within_a_boot(host: Host) -> None:
+    host.start()
+    host.call("attach", workload="w", volume="a", mode="seed")
+    host.kill()
+    with host.kernel.lock:
+        host.kernel.entries.clear()
+    host.start()
+    assert "lost or replaced in this boot" in host.volume("a")["suspect"]
+
+
+def test_an_attachment_that_vanishes_under_the_daemon_is_noticed(host: Host) -> None:
+    host.start()
+    host.call("attach", workload="w", volume="a", mode="seed")
+    with host.kernel.lock:
+        host.kernel.entries[host.slot("a")]["gone"] = True
+    deadline = time.monotonic() + 20
+    while not (host.volume("a")["suspect"] or ""):
+        assert time.monotonic() < deadline, "a removed disk went unnoticed"
+        time.sleep(0.1)
+    assert "removed" in host.volume("a")["suspect"]
+
+
+def test_what_nobody_owns_is_detached_before_a_record_is_read(host: Host) -> None:
+    with host.kernel.lock:
+        host.kernel.do_attach(None, "stranger", 800, 999, 65536)
+    host.set_role("standby")
+    host.start()
+    assert all(entry["draining"] for entry in host.kernel.entries.values())
+
+
+def test_a_standby_is_not_attached(host: Host) -> None:
+    host.set_role("standby")
+    host.start()
+    assert not host.volume("a")["attached"] and host.volume("a")["suspect"] is None
+    assert not host.kernel.entries
+
+
+def test_a_target_being_promoted_is_left_to_the_handover(host: Host) -> None:
+    host.set_role("primary", {"side": "target", "phase": "promoting"})
+    host.start()
+    assert not host.kernel.entries
+    with pytest.raises(BmigrateError):
+        host.call("attach", workload="w", volume="a", mode="promote")
+    assert not host.kernel.entries, "nothing is attached unless hold owns the device"
+
+
+def test_without_the_module_it_stays_up_and_says_so(host: Host) -> None:
+    host.kernel.loaded = False
+    host.start()
+    status = host.call("status")
+    assert status["kernel_problem"]["reason"] == "not_loaded"
+    assert "not tracked" in host.volume("a")["suspect"]
+    with pytest.raises(RefusedError) as refused:
+        host.call("attach", workload="w", volume="a", mode="resume")
+    assert refused.value.reason == "not_loaded"
+    host.kernel.loaded = True
+    deadline = time.monotonic() + 30
+    while not host.volume("a")["attached"]:
+        assert time.monotonic() < deadline, "the module came, and breqd did not take it"
+        time.sleep(0.1)
+
+
+def test_sigterm_detaches_nothing_and_writes_no_flag(host: Host) -> None:
+    import signal
+
+    host.start()
+    identifier = host.call("attach", workload="w", volume="a", mode="seed")["attachment"]
+    host.kill(signal.SIGTERM)
+    assert host.process is not None and host.process.returncode == 0
+    assert not host.kernel.entries[host.slot("a")]["draining"]
+    assert not (host.root / "state" / "w" / "a.clean").exists()
+    host.start()
+    assert host.volume("a")["attachment_id"] == identifier and host.volume("a")["suspect"] is None
+
+
+def test_a_detach_keeps_the_records_on_their_way(host: Host) -> None:
+    host.start()
+    host.call("attach", workload="w", volume="b", mode="seed")
+    slot = host.slot("b")
+    before = host.volume("b")["total_records"]
+    for block in range(50):
+        host.kernel.write(slot, 2048 + block * 8, 8)
+    assert host.call("detach", workload="w", volume="b")["detached"]
+    assert slot not in host.kernel.entries or host.kernel.entries[slot]["draining"]
+    assert before == 0 and not host.volume("b")["attached"]
+    assert host.call("detach", workload="w", volume="b")["detached"] is False
