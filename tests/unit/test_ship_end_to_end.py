@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.unit.ship_world import World
-from tests.unit.standby_host import MIB
+from bmigrate.common import rpc
+from bmigrate.common.config import Limits
+from bmigrate.common.errors import PhaseError, RefusedError, SuspectError
+from tests.unit.ship_world import GRANULE, World
+from tests.unit.standby_host import MIB, wait
 
 
 @pytest.fixture
@@ -33,3 +39,362 @@ def test_seeds_follows_and_drains(world: World) -> None:
     assert engine.totals.hashed_bytes == 0
     assert result["epoch"] == 1 and len(result["digest"]) == 64
     world.until(engine, "sealed")
+
+
+def test_two_volumes_travel_in_one_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A consistency group: all volumes of the workload, one epoch."""
+    world = World(tmp_path, monkeypatch, {"data": 3 * MIB, "wal": 2 * MIB + 3584})
+    try:
+        engine = world.engine()
+        world.start_writer()
+        world.until(engine, "in_step")
+        world.stop_writer()
+        assert world.drain(engine)["epoch"] == 1
+        world.check_equal()
+    finally:
+        world.close()
+
+
+def test_receivers_killed_at_random_frames_lose_nothing(world: World) -> None:
+    """Five receivers die somewhere in the stream; each time the invariant holds, and a drain ends equal."""
+    engine = world.engine()
+    world.start_writer(0.0005)
+    for _ in range(5):
+        wait(lambda: engine.session is not None, "a session")
+        epoch = engine.record.session["epoch"] if engine.record.session else 0
+        world.receiver_faults(f"receive.frame=kill@{world.random.randrange(2, 60)}")
+        engine.reconnect()
+        _epoch_after(engine, epoch + 1)
+        world.stop_writer()
+        world.check_invariant()
+        world.start_writer(0.0005)
+    world.until(engine, "in_step")
+    wait(lambda: world.redirtied() > 0, "a block to be written again while claimed")
+    world.stop_writer()
+    world.drain(engine)
+    world.check_equal()
+    world.no_help()
+
+
+def _pause(world: World, engine: Any) -> None:
+    """Pause, and wait until hold has seen the end of the receiver."""
+    engine.pause(True)
+    world.until(engine, "paused")
+    wait(lambda: engine.session is None and not world.beta.status()["receivers"], "the session to end")
+
+
+def _epoch_after(engine: Any, epoch: int) -> None:
+    wait(lambda: _epoch(engine) > epoch, f"an epoch after {epoch}")
+
+
+def _claims_after(world: World, count: int) -> None:
+    wait(lambda: world.breqd.calls["claim"] > count, "claims")
+
+
+def _receivers_after(world: World, engine: Any, count: int) -> None:
+    wait(lambda: len(world.receivers()) > count and engine.session is not None, "a receiver")
+
+
+def _epoch(engine: Any) -> int:
+    return int(engine.record.session["epoch"]) if engine.record.session else 0
+
+
+def test_breqd_killed_again_and_again_loses_nothing(world: World) -> None:
+    """Another incarnation of breqd: the session ends, nothing is claimed before the new fence."""
+    engine = world.engine()
+    world.start_writer()
+    for _ in range(4):
+        claims = world.breqd.calls["claim"]
+        _claims_after(world, claims + 3)
+        world.breqd.restart()
+        world.stop_writer()
+        world.check_invariant()
+        world.start_writer()
+    world.until(engine, "in_step")
+    world.stop_writer()
+    world.drain(engine)
+    world.check_equal()
+    world.no_help()
+    assert _epoch(engine) >= 5
+
+
+@pytest.mark.parametrize("point", ["ship.claimed", "ship.read", "ship.sent", "ship.synced", "ship.acked"])
+def test_shipper_killed_at_each_step_loses_nothing(world: World, point: str) -> None:
+    """kill -9 of the daemon between any two steps of a claim; the next daemon ends equal."""
+    world.start_writer()
+    for _ in range(2):
+        process = world.daemon(f"{point}=kill@{world.random.randrange(2, 5)}")
+        assert process.wait(60) == -signal.SIGKILL, (world.directory / "ship.log").read_text()
+        world.stop_writer()
+        world.check_invariant()
+        world.start_writer()
+    world.daemon()
+    socket = world.directory / "alpha" / "run" / "ship.sock"
+
+    def in_step() -> bool:
+        return bool(socket.exists()) and _state(socket) == "in_step"
+
+    wait(in_step, "in_step", 60)
+    world.stop_writer()
+    result = rpc.call(socket, "drain", 60, workload="wl", run_id="r1")
+    assert result["epoch"] >= 3
+    world.check_equal()
+    world.no_help()
+    again = rpc.call(socket, "drain", 60, workload="wl", run_id="r1")
+    assert again["digest"] == result["digest"], "the same run id gets the recorded result"
+    with pytest.raises(PhaseError):
+        rpc.call(socket, "drain", 60, workload="wl", run_id="r2")
+
+
+def _state(socket: Path) -> str:
+    try:
+        return str(rpc.call(socket, "status", workload="wl")["workloads"][0]["state"])
+    except Exception:
+        return "down"
+
+
+def test_ssh_killed_by_pid_starts_a_new_epoch(world: World) -> None:
+    """The connection dies under load: a new session, a new epoch, nothing lost."""
+    engine = world.engine()
+    world.start_writer()
+    for number in range(3):
+        _receivers_after(world, engine, number)
+        os.kill(world.receivers()[-1], signal.SIGKILL)
+    world.until(engine, "in_step")
+    world.stop_writer()
+    world.drain(engine)
+    world.check_equal()
+    world.no_help()
+    assert _epoch(engine) >= 4
+
+
+def test_resync_ships_only_what_differs(world: World) -> None:
+    """Writes that nobody recorded: suspect, never in step before every block was compared, then equal."""
+    engine = world.engine()
+    world.until(engine, "in_step")
+    _pause(world, engine)
+    shipped = engine.totals.shipped_bytes
+    blocks = world.random.sample(range(1, world.volumes["data"] // GRANULE), 100)
+    for block in blocks:
+        world.write(block * GRANULE, world.random.randbytes(GRANULE), recorded=False)
+    differing = len(world.different()) * GRANULE
+    key = ("wl", "data")
+    world.breqd._op_suspect({"workload": "wl", "volume": "data", "reason": "the host crashed"})
+    seen: set[str] = set()
+    engine.pause(False)
+
+    def resynced() -> bool:
+        name = engine.state()[0]
+        if world.breqd.items[key].record.suspect is None:
+            return True
+        seen.add(name)
+        return False
+
+    wait(resynced, "the end of the resync")
+    world.until(engine, "in_step")
+    assert "resyncing" in seen and "in_step" not in seen
+    assert engine.totals.hashed_bytes == world.volumes["data"]
+    assert differing <= engine.totals.shipped_bytes - shipped <= 1.2 * differing
+    world.drain(engine)
+    world.check_equal()
+
+
+def test_resync_under_writes_that_is_killed_begins_anew(world: World) -> None:
+    """A receiver dies while it hashes: still suspect, compared again from the start, equal in the end."""
+    engine = world.engine()
+    world.until(engine, "in_step")
+    world.start_writer()
+    for _ in range(50):
+        at = world.random.randrange(world.volumes["data"] // 512) * 512
+        world.write(at, world.random.randbytes(512), recorded=False)
+    world.receiver_faults("receive.frame=kill@6")
+    world.breqd._op_suspect({"workload": "wl", "volume": "data", "reason": "the host crashed"})
+    engine.reconnect()
+    wait(lambda: _epoch(engine) >= 3, "the session after the killed one")
+    wait(lambda: world.breqd.items["wl", "data"].record.suspect is None, "the end of the resync")
+    assert engine.totals.hashed_bytes > world.volumes["data"]
+    world.until(engine, "in_step")
+    world.stop_writer()
+    world.drain(engine)
+    world.check_equal()
+
+
+def test_foreign_write_on_the_standby_is_found_and_repaired(world: World) -> None:
+    """hold saw the write counter move outside a session: both sides distrust the copy until it was compared."""
+    engine = world.engine()
+    world.until(engine, "in_step")
+    _pause(world, engine)
+    with open(world.replica(), "r+b") as stream:
+        stream.seek(5 * GRANULE)
+        stream.write(b"foreign")
+    world.beta.count("data", 7)
+    engine.pause(False)
+    wait(lambda: world.breqd.items["wl", "data"].record.resyncs == 1, "a resync")
+    world.until(engine, "in_step")
+    assert world.beta.status()["suspect"] is None
+    world.check_equal()
+
+
+def test_verify_is_quiet_under_writes_and_finds_damage(world: World) -> None:
+    """A busy volume is no damage; one flipped byte on the standby is, at its very offset; --mark repairs it."""
+    engine = world.engine()
+    world.until(engine, "in_step")
+    world.start_writer(0.001)
+    quiet = world.job(engine, "verify")
+    assert quiet["different_bytes"] == 0 and quiet["compared_bytes"] == world.volumes["data"]
+    at = 700 * GRANULE
+    with open(world.replica(), "r+b") as stream:
+        stream.seek(at + 17)
+        before = stream.read(1)
+        stream.seek(at + 17)
+        stream.write(bytes([before[0] ^ 1]))
+    world.stop_writer()
+    found = world.job(engine, "verify", mark=True)
+    assert found["different_blocks"] == [{"volume": "data", "offset_bytes": at, "length_bytes": GRANULE}]
+    assert found["marked"]
+    world.drain(engine)
+    world.check_equal()
+    world.no_help()
+
+
+def test_drain_proves_what_the_standby_has(world: World) -> None:
+    """A standby that stores something else than it was sent: refused by digest, and suspect before anybody is told."""
+    engine = world.engine()
+    world.until(engine, "in_step")
+    _pause(world, engine)
+    world.write(8 * GRANULE, world.random.randbytes(GRANULE))
+    world.receiver_faults("receive.write=corrupt")
+    wait(lambda: not world.breqd.log, "the log to be consumed")
+    engine.record.paused = False
+    engine.wake()
+    with pytest.raises(RefusedError) as caught:
+        world.drain(engine)
+        # the engine may have shipped the block before the drain began; then this one is in it for sure
+        engine.unseal()
+        world.write(9 * GRANULE, world.random.randbytes(GRANULE))
+        world.drain(engine, "run-2")
+    assert caught.value.reason == "digest_mismatch"
+    assert world.breqd.items["wl", "data"].record.suspicions == 1
+    assert engine.wanted().what == "ship", "a failed drain does not seal"
+
+
+def test_drain_waits_for_the_log(world: World) -> None:
+    """Writes that are only in the kernel's log when the drain begins are shipped by it."""
+    engine = world.engine()
+    world.until(engine, "in_step")
+    world.breqd.hold_log.set()
+    for _ in range(20):
+        world.random_write()
+    result = world.drain(engine)
+    assert result["bytes_shipped"] > 0
+    world.check_equal()
+
+
+def test_drain_is_refused_while_something_writes(world: World) -> None:
+    """A file system that is still alive somewhere: new records between the barriers."""
+    engine = world.engine()
+    world.until(engine, "in_step")
+    world.start_writer(0.0005)
+    with pytest.raises(RefusedError) as caught:
+        world.drain(engine)
+    assert caught.value.reason == "still_written"
+    world.until(engine, "in_step")
+
+
+def test_drain_of_a_suspect_volume_is_refused(world: World) -> None:
+    """Suspect means unknown; nothing that is unknown is handed over."""
+    engine = world.engine()
+    world.until(engine, "in_step")
+    world.breqd._op_suspect({"workload": "wl", "volume": "data", "reason": "module was reloaded"})
+    with pytest.raises(SuspectError):
+        world.drain(engine)
+
+
+def test_unseal_ships_again(world: World) -> None:
+    """The source resumes after a drain: a new epoch, and new writes travel."""
+    engine = world.engine()
+    world.until(engine, "in_step")
+    world.drain(engine)
+    world.until(engine, "sealed")
+    world.write(0, world.random.randbytes(GRANULE))
+    assert engine.unseal()
+    world.until(engine, "in_step")
+    wait(lambda: not world.different(), "the new write to arrive")
+    assert _epoch(engine) == 2
+
+
+def test_seal_survives_a_restart_by_the_phase_on_disk(world: World) -> None:
+    """Killed after the drain: the next daemon reads the phase and ships nothing."""
+    engine = world.engine()
+    world.until(engine, "in_step")
+    engine.stop()
+    engine.join(30)
+    world.role("primary", handover={"run_id": "r1", "side": "source", "phase": "drained"})
+    second = world.engine()
+    world.until(second, "sealed")
+    with pytest.raises(PhaseError):
+        world.drain(second, "r2")
+    world.role("primary", handover=None)
+    second.reload()
+    world.until(second, "in_step")
+
+
+def test_converge_answers_with_the_prediction_or_the_reason(world: World) -> None:
+    """Reached: bytes and seconds. Not reached in time: a refusal that names state and numbers."""
+    engine = world.engine()
+    world.start_writer()
+    answer = world.job(engine, "converge", run_id="r", max_drain_seconds=5.0)
+    assert answer["predicted_drain_seconds"] <= 5.0 and answer["bytes_left"] >= 0
+    with pytest.raises(RefusedError) as caught:
+        world.job(engine, "converge", limit_seconds=1.0, run_id="r", max_drain_seconds=1e-9)
+    assert caught.value.reason == "not_converging" and "predicted drain" in caught.value.message
+
+
+def test_bandwidth_limit_holds_and_a_drain_ignores_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 MiB/s for the seed; the drain, with the workload down, does not wait for it."""
+    limits = Limits(bandwidth_bytes_per_second=2 * MIB)
+    world = World(tmp_path, monkeypatch, {"data": 24 * MIB}, limits)
+    try:
+        engine = world.engine()
+        world.until(engine, "seeding")
+        wait(lambda: engine.totals.shipped_bytes > MIB, "some progress")
+        assert engine.state()[0] == "seeding"
+        assert engine.totals.shipped_bytes < 12 * MIB
+        result = world.drain(engine)
+        assert result["bytes_shipped"] > 8 * MIB and result["seconds"] < 6
+        world.check_equal()
+    finally:
+        world.close()
+
+
+def test_a_standby_of_another_generation_is_named(world: World) -> None:
+    """The refusal of the other side reaches the operator word for word, with its reason."""
+    world.beta.role("standby", generation={"number": 2, "id": "f" * 32})
+    engine = world.engine()
+    world.until(engine, "disconnected")
+    wait(lambda: engine.last_error is not None, "an error")
+    assert engine.last_error is not None and engine.last_error.reason == "wrong_generation"
+    assert "wrong" not in str(engine.snapshot)
+    with pytest.raises(RefusedError):
+        world.drain(engine)
+
+
+def test_a_reverted_standby_is_compared(world: World) -> None:
+    """A snapshot of the standby is restored, its notes included: what was acknowledged since is missing there."""
+    engine = world.engine()
+    world.until(engine, "in_step")
+    state = world.directory / "beta" / "state" / "wl"
+    kept = {path: path.read_bytes() for path in (world.replica(), state / "receive.ack", state / "hold.json")}
+    for _ in range(10):
+        world.random_write(hot=False)
+    wait(lambda: not world.different(), "the writes to arrive")
+    _pause(world, engine)
+    world.beta.stop_hold()
+    for path, content in kept.items():
+        path.write_bytes(content)
+    assert world.different()
+    world.beta.start()
+    engine.pause(False)
+    wait(lambda: world.breqd.items["wl", "data"].record.resyncs >= 1, "a resync")
+    world.until(engine, "in_step")
+    world.check_equal()
