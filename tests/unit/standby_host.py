@@ -219,7 +219,7 @@ class StandbyHost:
         self.manager = ServiceManager(directory)
         self.hold: subprocess.Popen[bytes] | None = None
         self.senders: list[Sender] = []
-        lines = []
+        lines: list[str] = []
         for name, size in self.volumes.items():
             with open(self.device(name), "wb") as stream:
                 stream.truncate(size)

@@ -15,7 +15,6 @@ import pytest
 from bmigrate.common.errors import BmigrateError, RefusedError
 from bmigrate.wire import hello as greeting
 from bmigrate.wire.frames import FrameType
-
 from tests.unit.standby_host import GENERATION, MIB, Sender, StandbyHost, wait
 
 

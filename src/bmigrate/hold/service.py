@@ -46,6 +46,8 @@ class Service:
         """
         self._stored = dict(stored)
         self.load_configs()
+        for workload in self.workloads.values():
+            workload.unseal()  # the fence of a step that died with us
         for name, fd in list(self._stored.items()):
             owner = name.split(".")[0]
             role = state.load(owner) if name.count(".") == 2 else None
@@ -134,6 +136,8 @@ class Service:
     def _fence(self, connection: Connection, request: Request) -> Any:
         workload = self._workload(request)
         workload.require_held()
+        # Whoever fences keeps the connection until the handover is noted; dead before that, nobody would unseal.
+        connection.on_close.append(workload.unseal)
         workload.fence(Answer(connection, request))
         return LATER
 
