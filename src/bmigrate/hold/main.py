@@ -27,7 +27,7 @@ STOP_SECONDS = 20.0
 log = logging.getLogger("bmigrate-hold")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the program; returns the exit code of the documented table."""
     parser = argparse.ArgumentParser(
         prog="bmigrate-hold", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "time. A service of systemd (bmigrate-hold.service); there is nothing to configure here.",
         epilog=exit_code_table())
     parser.add_argument("--version", action="version", version=f"bmigrate-hold {__version__}")
-    parser.parse_args(argv)
+    parser.parse_args(arguments)
     logs.setup("bmigrate-hold")
     return output.run_main(_run)
 

@@ -59,9 +59,9 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the program; returns the exit code of the documented table."""
-    workload: str = _Parser().parse_args(argv).workload
+    workload: str = _Parser().parse_args(arguments).workload
     logs.setup("breceive")
     link = Link(0, 1, HANDSHAKE_SECONDS)
     try:
