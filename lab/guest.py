@@ -120,6 +120,11 @@ class Guest:
         # guest had flushed, since QEMU writes its metadata at each flush, in order.
         self.qemu.end(signal.SIGKILL)
 
+    def panicked(self) -> bool:
+        """Whether the kernel gave up since the power was switched on."""
+        boot = self.console_file.read_text(errors="replace").rpartition("--- power on")[2]
+        return "Kernel panic - not syncing" in boot
+
     def powered_off(self) -> bool:
         """Whether the guest has switched itself off."""
         return self.qemu.gone()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -26,7 +27,8 @@ from lab.guest import Guest
 from lab.waiting import wait
 
 T = TypeVar("T")
-BOOT_LIMIT_SECONDS = 300
+# Twenty times what a boot takes on a quiet machine: emulated guests on a busy one are slow, not stuck.
+BOOT_LIMIT_SECONDS = float(os.environ.get("BMIGRATE_LAB_BOOT_SECONDS", "600"))
 
 
 @dataclass(frozen=True)
@@ -292,6 +294,8 @@ class Lab:
         def answers() -> bool:
             if not guest.running():
                 raise LabError(f"{name}: QEMU ended before ssh answered\n{guest.console()}")
+            if guest.panicked():
+                raise LabError(f"{name}: its kernel panicked\n{guest.console()}")
             return _banner(guest.ports.ssh) and self._ssh(name, ["true"], 60, fresh=True).returncode == 0
 
         wait(answers, limit_seconds, f"ssh on {name}", 0.25, guest.console)

@@ -25,8 +25,8 @@ def lab() -> Iterator[Lab]:
     box = Lab(LAB_NAME)
     if not keep:
         box.down()
-    box.up()
     try:
+        box.up()
         yield box
     finally:
         if not keep:

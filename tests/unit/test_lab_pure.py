@@ -84,7 +84,8 @@ def test_the_archive_is_what_cpio_reads(tmp_path: Path) -> None:
 
 
 def _read_cpio(data: bytes) -> dict[str, tuple[int, bytes]]:
-    found, at = {}, 0
+    found: dict[str, tuple[int, bytes]] = {}
+    at = 0
     while True:
         assert data[at : at + 6] == b"070701"
         fields = [int(data[at + 6 + 8 * i : at + 14 + 8 * i], 16) for i in range(13)]

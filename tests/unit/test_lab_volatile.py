@@ -31,7 +31,7 @@ def _file(directory: Path, content: bytes) -> Path:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(steps, max_size=40))
 def test_reads_see_every_write_and_the_file_only_the_flushed(
-    tmp_path_factory: pytest.TempPathFactory, todo: list
+    tmp_path_factory: pytest.TempPathFactory, todo: list[tuple[str, tuple[int, int], int]]
 ) -> None:
     start = bytes(i % 251 for i in range(SIZE))
     path = _file(tmp_path_factory.mktemp("disk"), start)
