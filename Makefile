@@ -9,6 +9,7 @@ PYTEST := $(PY) -m pytest
 export PYTHONPATH := src:.
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 .PHONY: help setup demo test lint bench lab-up lab-down test-unit test-vm test-ansible test-mutants module clean
 
 help: ## show this list
@@ -20,8 +21,8 @@ setup: ## install what is missing on this machine (Debian 12; needs root or sudo
 demo: setup ## boot two VMs, move a live PostgreSQL there and back, print the evidence
 	$(PY) -m demo
 
-test: setup lint module ## everything: lint, kernel build, unit, VM, molecule and ansible-runner tests
-	$(PYTEST) tests
+test: setup lint module ## everything: lint, kernel build, then unit, VM, molecule and ansible-runner tests
+	$(PYTEST) $(wildcard tests/unit tests/contract tests/vm tests/ansible)
 
 lint: setup ## check style and types of all that is in the repository
 	tools/lint
@@ -30,7 +31,7 @@ module: ## build the kernel modules for this machine's headers, warning-free
 	tools/build-module
 
 test-unit: setup ## unit and property tests only: no guest is booted
-	$(PYTEST) tests/unit
+	$(PYTEST) $(wildcard tests/unit tests/contract)
 
 test-vm: setup ## tests on the lab's guests, without Ansible
 	$(PYTEST) tests/vm
