@@ -16,7 +16,6 @@ from pathlib import Path
 
 from bmigrate.common import atomic, blockdev, paths
 
-
 MAX_LINKS = 8
 _CONTENT_LINKS = ("disk/by-uuid/", "disk/by-label/", "disk/by-partuuid/", "disk/by-partlabel/", "disk/by-diskseq/")
 _SAFE = re.compile(r"[A-Za-z0-9#+.:=@_/\\-]+\Z")
