@@ -50,9 +50,6 @@ class FakeKernel:
         self.bell: socket.socket | None = None
         self.loaded = True
         self._listener = Listener(str(path), "AF_UNIX", backlog=16)
-        self._bells = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._bells.bind(str(path) + ".bell")
-        self._bells.listen(16)
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -103,8 +100,9 @@ class FakeKernel:
             raise errors.Busy("another reader", 16)
         self.reader = connection
 
-    def do_bell(self, _connection: Any) -> None:
-        self.bell, _ = self._bells.accept()
+    def do_bell(self, _connection: Any, path: str) -> None:
+        self.bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.bell.connect(path)
         self.bell.setblocking(False)
         self.ring()
 
@@ -167,7 +165,6 @@ class FakeKernel:
     def close(self) -> None:
         """Stop serving."""
         self._listener.close()
-        self._bells.close()
 
 
 class _Remote:
@@ -223,10 +220,11 @@ class RemoteChannel(_Remote):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self.call("open")
-        self._bell = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._bell.connect(path + ".bell")
+        self._bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        name = f"{path}.{os.getpid()}"
+        self._bell.bind(name)
         self._bell.setblocking(False)
-        self.call("bell")
+        self.call("bell", name)
 
     def fileno(self) -> int:
         """Readable when there may be a batch."""
@@ -235,7 +233,8 @@ class RemoteChannel(_Remote):
     def read_batch(self) -> Any:
         """read()."""
         with contextlib.suppress(BlockingIOError):
-            self._bell.recv(1 << 20)
+            while self._bell.recv(16):
+                pass
         return self.call("read")
 
     def consumed(self, seq: int) -> None:
