@@ -169,6 +169,7 @@ class FakeBreqd:
                     "suspect": item.record.suspect, "attached": True, "attachment_id": "a1",
                     "oldest_dirty_age_seconds": 0.0 if oldest is None else time.monotonic() - oldest,
                     "written_bytes": item.written, "seed_count": self.seeds, "total_records": item.records,
+                    "highest_epoch": item.record.highest_epoch,
                 }
             )  # fmt: skip
         return {"incarnation": self.leases.incarnation, "volumes": volumes}

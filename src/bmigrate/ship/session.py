@@ -65,6 +65,7 @@ class Session:
         self.epoch = 0
         self.session_id = ""
         self.incarnation = ""
+        self._highest_epoch = 0
         self.volumes: list[SourceVolume] = []
         self.standby_suspects: dict[str, str] = {}
         self.on_durable: Callable[[Claim], None] = lambda claim: None
@@ -122,6 +123,7 @@ class Session:
         self._tracker = Tracker(path, self.config.workload)
         snapshot = self._tracker.status()
         self.incarnation = snapshot.incarnation
+        self._highest_epoch = snapshot.highest_epoch
         for volume in self.config.volumes:
             tracked = snapshot.volumes.get(volume.name)
             if tracked is None or not tracked.attached:
@@ -154,6 +156,7 @@ class Session:
             generation=hello.Generation(int(str(generation["number"])), str(generation["id"])),
             boot_id=blockdev.boot_id(),
             incarnation=self.incarnation,
+            highest_epoch=self._highest_epoch,
             volumes=[
                 hello.HelloVolume(item.name, item.size_bytes, item.logical_block_size, item.granule_bytes)
                 for item in self.volumes

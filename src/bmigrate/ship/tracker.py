@@ -34,6 +34,7 @@ class Tracked:
     oldest_dirty_age_seconds: float
     written_bytes: int
     seed_count: int
+    highest_epoch: int
 
     @property
     def left_bytes(self) -> int:
@@ -64,6 +65,11 @@ class Snapshot:
         return {name: item.suspect for name, item in self.volumes.items() if item.suspect}
 
     @property
+    def highest_epoch(self) -> int:
+        """breqd accepts no fence of this epoch or an older one."""
+        return max((item.highest_epoch for item in self.volumes.values()), default=0)
+
+    @property
     def written_bytes(self) -> int:
         """Running total of what the workload wrote, over all volumes."""
         return sum(item.written_bytes for item in self.volumes.values())
@@ -90,6 +96,7 @@ def snapshots(answer: dict[str, Any]) -> dict[str, Snapshot]:
             oldest_dirty_age_seconds=float(item.get("oldest_dirty_age_seconds") or 0.0),
             written_bytes=int(item.get("written_bytes") or 0),
             seed_count=int(item.get("seed_count") or 0),
+            highest_epoch=int(item.get("highest_epoch") or 0),
         )
     return {name: Snapshot(str(answer["incarnation"]), volumes) for name, volumes in grouped.items()}
 
