@@ -37,7 +37,7 @@ class WorkloadState:
         generation: {number, id} of the data on this host, or None before the first.
         history: generations this host has been part of, oldest first, {number, id} each.
         abandoned: candidates that were given up here and can never be committed, {number, id} each.
-        demoted: {candidate, run_id, at} after a commit on this host, until it is finished.
+        demoted: {candidate, run_id, at} after a commit on this host, until it is promoted again.
         candidate: {number, id, digest, run_id} prepared on this host, until promoted or cancelled.
         handover: {run_id, side, phase, peer, candidate, results} of the open handover, or None.
         last_handover: the same of the last one that ended, for repeating a step idempotently.

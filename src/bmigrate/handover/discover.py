@@ -29,6 +29,10 @@ def facts(config: Config) -> Fields:
     """The facts of this host: {host, version, boot_id, at, state, phase, marker, volumes, services, ...}."""
     host = Host(config)
     item = states.load(config.workload)
+    if item is not None:
+        # A commit that is visible and not yet safe (its process was killed between rename and fsync) must
+        # not be shown: the target would be promoted by it, and a power cut here would take it back.
+        store.make_durable(states.state_file(config.workload))
     result: Fields = {
         "host": config.host,
         "peer": config.peer.name,

@@ -7,9 +7,10 @@ It decides nothing and knows no phase; tests put another object with the same me
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from bmigrate.common import atomic, blockdev, paths, rpc
@@ -275,23 +276,31 @@ class Host:
         """Ask the hold service."""
         return self._ask(paths.hold_socket(), op, wait_seconds, fields)
 
+    @contextlib.contextmanager
+    def holding(self, wait_seconds: float = 60.0) -> Iterator[Callable[..., Fields]]:
+        """One connection to the hold service for several calls: a fence made on it ends with it, if
+        nothing was noted in the state by then."""
+        with self._connected(paths.hold_socket(), wait_seconds) as client:
+            yield client.call
+
     def ship(self, op: str, wait_seconds: float = 30.0, **fields: Any) -> Fields:
         """Ask the shipping daemon."""
         return self._ask(paths.ship_socket(), op, wait_seconds, fields)
 
     def _ask(self, path: Any, op: str, wait_seconds: float, fields: Fields) -> Fields:
-        """Connect (again, for a while, where systemd is just restarting the daemon), call once, close."""
+        with self._connected(path, wait_seconds) as client:
+            return client.call(op, **fields)
+
+    def _connected(self, path: Any, wait_seconds: float) -> rpc.Client:
+        """A connection; tried for a while, where systemd is just restarting the daemon."""
         deadline = time.monotonic() + SOCKET_RETRY_SECONDS
         while True:
             try:
-                client = rpc.Client(path, wait_seconds)
+                return rpc.Client(path, wait_seconds)
             except UnreachableError:
                 if time.monotonic() >= deadline:
                     raise
                 time.sleep(0.1)
-                continue
-            with client:
-                return client.call(op, **fields)
 
     # -- health and hooks ---------------------------------------------------------------------
 

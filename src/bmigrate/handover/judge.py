@@ -21,10 +21,16 @@ _NEXT: dict[tuple[str, str], tuple[str, str]] = {
     (machine.QUIESCED, machine.IDLE): ("drain", "source"),
     (machine.DRAINED, machine.IDLE): ("prepare", "target"),
     (machine.DRAINED, machine.PREPARED): ("commit", "source"),
+    # Prepared too early: the target lets no sender in any more, so this drain cannot be.
+    (machine.BEGUN, machine.PREPARED): ("resume", "source"),
+    (machine.QUIESCED, machine.PREPARED): ("resume", "source"),
+    (machine.COMMITTED, machine.IDLE): ("prepare", "target"),
     (machine.COMMITTED, machine.PREPARED): ("promote", "target"),
     (machine.COMMITTED, machine.PROMOTING): ("promote", "target"),
     (machine.COMMITTED, machine.PROMOTED): ("start", "target"),
     (machine.COMMITTED, machine.STARTED): ("finish", "source"),
+    (machine.IDLE, machine.PROMOTING): ("promote", "target"),
+    (machine.IDLE, machine.PROMOTED): ("start", "target"),
     (machine.IDLE, machine.STARTED): ("finish", "target"),
     (machine.RESUMING, machine.IDLE): ("resume", "source"),
     (machine.RESUMING, machine.PREPARED): ("resume", "source"),
@@ -48,6 +54,9 @@ def verdict(one: Mapping[str, Any], other: Mapping[str, Any]) -> Fields:
         return _answer(problem=problem)
     open_runs = {str(facts["run_id"]) for facts in hosts if facts.get("run_id")}
     if len(open_runs) > 1:
+        late = _late_prepare(hosts)
+        if late is not None:
+            return late
         return _answer(problem=f"two handovers are open, {' and '.join(sorted(open_runs))}: one must be resumed first")
     if not open_runs:
         source = next((facts for facts in hosts if facts["role"] == "primary"), None)
@@ -72,7 +81,8 @@ def _interrupted(hosts: list[Mapping[str, Any]], run_id: str) -> Fields:
     )
     step = _NEXT.get(pair)
     if pair == (machine.IDLE, machine.PREPARED) and not machine.listed(target["candidate"] or {}, source["abandoned"]):
-        step = None
+        certified = machine.same((source.get("demoted") or {}).get("candidate"), target["candidate"])
+        step = ("promote", "target") if certified else None
     if step is None:
         return _answer(
             source["host"],
@@ -81,6 +91,15 @@ def _interrupted(hosts: list[Mapping[str, Any]], run_id: str) -> Fields:
             problem=f"handover {run_id} cannot be in phases {pair[0]} and {pair[1]}",
         )
     return _answer(source["host"], target["host"], run_id, step)
+
+
+def _late_prepare(hosts: list[Mapping[str, Any]]) -> Fields | None:
+    """A target that prepared for a run which the source had given up by then: that note goes first."""
+    for target, source in (hosts, hosts[::-1]):
+        candidate = target.get("candidate")
+        if target["phase"] == machine.PREPARED and candidate and machine.listed(candidate, source["abandoned"]):
+            return _answer(source["host"], target["host"], str(target["run_id"]), ("cancel", "target"))
+    return None
 
 
 def _problem(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:

@@ -232,6 +232,13 @@ def commit(
             hint="pass the candidate that begin answered",
             reason="wrong_candidate",
         )
+    if candidate.get("digest") not in (None, digest):
+        raise PhaseError(
+            f"the target prepared for digest {candidate['digest']}, the drain answered {digest}",
+            host=state.host,
+            hint="resume, and begin a new handover",
+            reason="wrong_digest",
+        )
     demoted = {
         "workload": state.workload,
         "host": state.host,
@@ -361,7 +368,7 @@ def finish(state: WorkloadState, run_id: str, result: Fields) -> WorkloadState:
     """Close a handover that was committed.
 
     The source adopts X: from now on it is the standby of that generation and the target may ship to
-    it. The target may ship from now on: its health is proved, so the old copy is no longer needed.
+    it; ``demoted`` stays until it is promoted itself, so that the certificate can be shown again. The target may ship from now on: its health is proved, so the old copy is no longer needed.
 
     Raises:
         RefusedError, PhaseError: see ``check``.
@@ -370,7 +377,7 @@ def finish(state: WorkloadState, run_id: str, result: Fields) -> WorkloadState:
     record = _open(state)
     if record["side"] == "source":
         x = bare(record["candidate"])
-        after = _changed(state, generation=x, history=[*copy.deepcopy(state.history), x], demoted=None)
+        after = _changed(state, generation=x, history=[*copy.deepcopy(state.history), x])
     else:
         after = _changed(state, shipping=True)
     return _closed(after, "finish", result, "handed_over")

@@ -31,18 +31,16 @@ def prepare(store: Store, host: Host, run_id: str, candidate: Mapping[str, Any],
     """
     watch = Stopwatch()
     machine.prepare(store.state, run_id, host.config.peer.name, candidate, digest, {})
-    # Receivers end before the note: one that is still writing would change the replica after its digest.
-    with watch.part("fence"):
-        answer = host.hold("fence", workload=host.workload)
-    faults.point("handover.prepare.fenced")
-    try:
+    # One connection from the fence to the note: hold opens the door again should we die in between.
+    with host.holding() as ask:
+        # Receivers end before the note: one that is still writing would change the replica after its digest.
+        with watch.part("fence"):
+            answer = ask("fence", workload=host.workload)
+        faults.point("handover.prepare.fenced")
         _refuse_unfit(host)
-    except BmigrateError:
-        _unseal(host)
-        raise
-    result = watch.result(epoch=answer.get("epoch"), boot_id=host.boot_id())
-    store.save(machine.prepare(store.state, run_id, host.config.peer.name, candidate, digest, result))
-    faults.point("handover.prepare.noted")
+        result = watch.result(epoch=answer.get("epoch"), boot_id=host.boot_id(), digest=digest)
+        store.save(machine.prepare(store.state, run_id, host.config.peer.name, candidate, digest, result))
+        faults.point("handover.prepare.noted")
     return result
 
 
