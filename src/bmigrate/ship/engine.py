@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from typing import Any
 
 from bmigrate.common import paths, state
@@ -36,12 +35,11 @@ from bmigrate.ship.resync import Resync
 from bmigrate.ship.session import Session
 from bmigrate.ship.tracker import Snapshot
 from bmigrate.ship.transport import Transport
+from bmigrate.ship.waiting import Waiting
 from bmigrate.ship.wanted import Wanted
 
 IN_STEP_INTERVAL_SECONDS = 0.3
 """Rest between two passes that found little: small writes gather meanwhile and cost less."""
-PATIENCE_SECONDS = {"drain": 15.0, "verify": 15.0, "converge": 60.0}
-"""How long a job waits for a session that is not there."""
 _log = logging.getLogger("ship")
 
 
@@ -75,8 +73,7 @@ class Engine(threading.Thread):
         self._unsealed: frozenset[str] = frozenset()
         self._attempt = 0
         self._disconnected_since = time.monotonic()
-        self._jobs: deque[Job] = deque()
-        self._converging: list[Job] = []
+        self._waiting = Waiting(self.pacer.urgent)
         self._wake = threading.Condition()
         self._woken = False
         self._stopping = False
@@ -102,21 +99,14 @@ class Engine(threading.Thread):
                 reason="sealed",
             )
         if now.what != "ship":
-            raise RefusedError(
-                f"workload {self.config.workload} is not shipped from this host: {now.reason}",
-                hint="see: bmigrate status",
-                reason=now.what,
-            )
+            raise self._not_shipped()
         if job.kind == "drain" and self.activity == "resyncing":
             raise SuspectError(
                 "the volumes are being compared by checksum; a drain needs a workload that is in step",
                 hint="bmigrate sync --wait",
                 reason="suspect",
             )
-        with self._wake:
-            (self._converging if job.kind == "converge" else self._jobs).append(job)
-            if job.kind in ("converge", "drain"):
-                self.pacer.urgent.set()
+        self._waiting.add(job)
         self.wake()
 
     def wake(self) -> None:
@@ -174,11 +164,12 @@ class Engine(threading.Thread):
         if snapshot is not None:
             self.dirty_rate.sample(time.monotonic(), snapshot.written_bytes, snapshot.counting)
             self.pacer.foreground_writes = (self.dirty_rate.bytes_per_second or 0.0) > 1024.0
+        self._waiting.expire(lambda job: status.late(self, job))
 
     def stop(self) -> None:
         """Ask the thread to end; ``join`` it afterwards."""
         self._stopping = True
-        self.pacer.urgent.set()
+        self._waiting.close(self._not_shipped())
         self.wake()
 
     def wanted(self) -> Wanted:
@@ -192,7 +183,7 @@ class Engine(threading.Thread):
         try:
             while not self._stopping:
                 if self.wanted().what != "ship":
-                    self._refuse_jobs()
+                    self._waiting.refuse(self._not_shipped())
                     self._sleep(5.0)
                     continue
                 self._one_session()
@@ -200,7 +191,7 @@ class Engine(threading.Thread):
             self.defect = exc
             _log.exception("workload %s: the shipper failed", self.config.workload)
         finally:
-            self._refuse_jobs()
+            self._waiting.close(self._not_shipped())
 
     def _one_session(self) -> None:
         try:
@@ -212,7 +203,11 @@ class Engine(threading.Thread):
         except (BmigrateError, OSError) as exc:
             self._note(exc)
             self._attempt += 1
-            self._fail_waiting()
+            self._waiting.no_session(
+                self.last_error or UnreachableError("no session with the standby", reason="disconnected"),
+                final=isinstance(self.last_error, RefusedError),
+                lost_seconds=time.monotonic() - self._disconnected_since,
+            )
             self._sleep(backoff(self._attempt))
             return
         peer = self.config.peer.name
@@ -262,7 +257,7 @@ class Engine(threading.Thread):
                 self._passed(PassResult(), before, before)
             self._judge_converging()
             if self.trend.caught_up:
-                self._sleep(0.05 if self._converging else IN_STEP_INTERVAL_SECONDS)
+                self._sleep(0.05 if self.pacer.urgent.is_set() else IN_STEP_INTERVAL_SECONDS)
 
     def _check_attached(self, snapshot: Snapshot) -> None:
         """A volume whose writes are no longer recorded cannot be shipped, and a resync would prove nothing."""
@@ -281,7 +276,7 @@ class Engine(threading.Thread):
         """Whether a walk should end early: something else is wanted, or a drain waits."""
         if self._stopping or self.wanted().what != "ship":
             return True
-        return any(job.kind == "drain" and not job.over for job in list(self._jobs))
+        return self._waiting.drain_waits()
 
     def _pass(self, session: Session, before: Snapshot) -> None:
         result = run_pass(session, self.pacer, self._interrupted)
@@ -301,10 +296,9 @@ class Engine(threading.Thread):
             # the walk began after these seeds and visited everything, so each volume was shipped once
             self.record.seeded.update(fresh)
             self.record.save()
-        self.trend.finished(before.left_bytes, after.left_bytes, self.predicted(after), self._limit())
-
-    def _limit(self) -> float:
-        return self.config.limits.max_drain_seconds
+        self.trend.finished(
+            before.left_bytes, after.left_bytes, self.predicted(after), self.config.limits.max_drain_seconds
+        )
 
     def predicted(self, snapshot: Snapshot | None) -> float | None:
         """Predicted seconds of a drain, or None when unknown."""
@@ -320,7 +314,8 @@ class Engine(threading.Thread):
         if self.snapshot is None:
             return False
         seeded = self.record.seeded
-        return any(seeded.get(name) != item.seed_count for name, item in self.snapshot.volumes.items())
+        volumes = self.snapshot.volumes.items()
+        return any(item.seed_count and seeded.get(name) != item.seed_count for name, item in volumes)
 
     # -- resync ------------------------------------------------------------------------------------
 
@@ -353,13 +348,9 @@ class Engine(threading.Thread):
     # -- jobs --------------------------------------------------------------------------------------
 
     def _run_job(self, session: Session) -> bool:
-        with self._wake:
-            job = self._jobs.popleft() if self._jobs else None
+        job = self._waiting.next()
         if job is None:
             return False
-        if job.over:
-            self._calm()
-            return True
         try:
             if job.kind == "drain":
                 self._drain(session, job)
@@ -374,15 +365,8 @@ class Engine(threading.Thread):
         finally:
             if not job.over:
                 job.failed(DefectError(f"{job.kind} ended without an answer", reason="unexpected"))
-            self._calm()
+            self._waiting.finished()
         return True
-
-    def _calm(self) -> None:
-        """Pacing comes back when no handover waits."""
-        with self._wake:
-            busy = bool(self._converging) or any(job.kind == "drain" for job in self._jobs)
-            if not busy and not self._stopping:
-                self.pacer.urgent.clear()
 
     def _drain(self, session: Session, job: Job) -> None:
         self.activity = "draining"
@@ -413,64 +397,24 @@ class Engine(threading.Thread):
             self.progress = None
 
     def _judge_converging(self) -> None:
-        """Answer the converge jobs that are reached or out of time."""
+        """Answer the converge jobs that are reached, or out of time."""
+        self._waiting.expire(lambda job: status.late(self, job))
         snapshot = self.snapshot
-        for job in list(self._converging):
-            predicted = self.predicted(snapshot)
-            limit = float(job.fields["max_drain_seconds"])
-            if self.trend.passes and snapshot is not None and self._clean(snapshot) and predicted is not None:
-                if predicted <= limit and self.trend.caught_up:
-                    job.done({"predicted_drain_seconds": predicted, "bytes_left": snapshot.left_bytes})
-            if not job.over and time.monotonic() > job.deadline:
-                job.failed(self._not_converging(limit, predicted))
-        self._drop_answered()
+        predicted = self.predicted(snapshot)
+        if snapshot is None or predicted is None or snapshot.suspects or self.seeding() or not self.trend.caught_up:
+            return
+        for job in self._waiting.converging():
+            if predicted <= float(job.fields["max_drain_seconds"]):
+                job.done({"predicted_drain_seconds": predicted, "bytes_left": snapshot.left_bytes})
+        self._waiting.judged()
 
-    def _clean(self, snapshot: Snapshot) -> bool:
-        return not snapshot.suspects and not self.seeding() and self.session is not None
-
-    def _not_converging(self, limit: float, predicted: float | None) -> RefusedError:
-        name, reason = self.state()
-        expected = "unknown" if predicted is None else f"{predicted:.1f} s"
-        return RefusedError(
-            f"workload {self.config.workload} does not converge: state {name}"
-            + (f" ({reason})" if reason else "")
-            + f", predicted drain {expected}, allowed {limit:g} s",
-            hint="lower the load, raise the bandwidth limit, or raise limits.max_drain_seconds",
-            reason="not_converging",
-        )
-
-    def _drop_answered(self) -> None:
-        with self._wake:
-            self._converging = [job for job in self._converging if not job.over]
-        self._calm()
-
-    def _fail_waiting(self) -> None:
-        """No session: answer who cannot wait for the next one."""
-        lost = time.monotonic() - self._disconnected_since
-        error = self.last_error or UnreachableError("no session with the standby", reason="disconnected")
-        final = isinstance(error, RefusedError)
-        with self._wake:
-            for job in [*self._jobs, *self._converging]:
-                if final or lost > PATIENCE_SECONDS[job.kind] or time.monotonic() > job.deadline:
-                    job.failed(error)
-            self._jobs = deque(job for job in self._jobs if not job.over)
-        self._drop_answered()
-
-    def _refuse_jobs(self) -> None:
+    def _not_shipped(self) -> RefusedError:
         now = self.wanted()
-        with self._wake:
-            waiting = [*self._jobs, *self._converging]
-            self._jobs.clear()
-            self._converging = []
-        for job in waiting:
-            job.failed(
-                RefusedError(
-                    f"workload {self.config.workload} is not shipped from this host: {now.reason or now.what}",
-                    hint="see: bmigrate status",
-                    reason=now.what if now.what != "ship" else "stopping",
-                )
-            )
-        self._calm()
+        return RefusedError(
+            f"workload {self.config.workload} is not shipped from this host: {now.reason or now.what}",
+            hint="see: bmigrate status",
+            reason=now.what if now.what != "ship" else "stopping",
+        )
 
     def _sleep(self, seconds: float) -> None:
         with self._wake:
@@ -482,30 +426,7 @@ class Engine(threading.Thread):
 
     def state(self) -> tuple[str, str | None]:
         """The state and its reason."""
-        now, snapshot, session = self.wanted(), self.snapshot, self.session
-        suspects: dict[str, str] = {}
-        if session is not None:
-            suspects.update(session.standby_suspects)
-        if snapshot is not None:
-            suspects.update(snapshot.suspects)
-        problem = self.last_error
-        facts = verdict.Facts(
-            wanted="ship" if now.what == "sealed" else now.what,
-            wanted_reason=now.reason,
-            connected=session is not None,
-            problem=str(problem) if problem is not None else None,
-            activity=self.activity,
-            sealed=now.what == "sealed",
-            suspect="; ".join(f"{name}: {reason}" for name, reason in sorted(suspects.items())) or None,
-            seeding=self.seeding(),
-            left_bytes=snapshot.left_bytes if snapshot is not None else 0,
-            predicted_seconds=self.predicted(snapshot),
-            limit_seconds=self._limit(),
-            dirty_rate=self.dirty_rate.bytes_per_second,
-            ship_rate=self.ship_rate.bytes_per_second,
-            limiter=self.limiter,
-        )
-        return verdict.judge(facts, self.trend)
+        return status.state(self)
 
     def report(self) -> dict[str, Any]:
         """The status entry of this workload."""

@@ -60,7 +60,7 @@ class Pacer:
         self.charge("bandwidth_limit", now - began)
 
     def rest(self, busy_seconds: float) -> None:
-        """After a claim: rest if the foreground writes and suffers."""
+        """After ``busy_seconds`` of reading from the device: rest if the foreground writes and suffers."""
         if self.urgent.is_set() or not self.foreground_writes:
             return
         now = time.monotonic()

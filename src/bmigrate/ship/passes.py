@@ -128,7 +128,7 @@ def run_pass(
             if interrupted():
                 result.complete = False
                 break
-            busy_since = time.monotonic()
+            read_before = pacer.spent["source_read"]
             claim = session.claim(volume, offset, CLAIM_BYTES)
             if claim is None:
                 break
@@ -139,7 +139,7 @@ def run_pass(
             result.claims += 1
             result.data_bytes += claim.data_bytes
             result.zero_bytes += claim.zero_bytes
-            pacer.rest(time.monotonic() - busy_since)
+            pacer.rest(pacer.spent["source_read"] - read_before)
     session.flush()
     result.seconds = time.monotonic() - began
     pacer.charge("standby", session.standby_wait_seconds - waited)

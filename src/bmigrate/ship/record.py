@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 import zlib
 from typing import Any
 
@@ -50,6 +51,7 @@ class Record:
         self.ack = 0
         self.damaged = False
         self._fd: int | None = None
+        self._lock = threading.Lock()
         if self.session is not None:
             self._read_ack(int(self.session["epoch"]))
 
@@ -68,10 +70,11 @@ class Record:
             self.ack = number
 
     def save(self) -> None:
-        """Replace ship.json durably."""
-        atomic.make_directory(self.path.parent)
-        content = {"schema": SCHEMA, "session": self.session, "paused": self.paused, "seeded": self.seeded}
-        atomic.replace_json(self.path, content)
+        """Replace ship.json durably; from any thread (a pause comes from another one than a session)."""
+        with self._lock:
+            atomic.make_directory(self.path.parent)
+            content = {"schema": SCHEMA, "session": self.session, "paused": self.paused, "seeded": self.seeded}
+            atomic.replace_json(self.path, content)
 
     def last_session(self) -> dict[str, Any] | None:
         """For HELLO: {epoch, session_id, ack}, or None before the first session."""

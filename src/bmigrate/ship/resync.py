@@ -31,7 +31,7 @@ from collections import deque
 from typing import Callable, NamedTuple
 
 from bmigrate.common import faults, ranges
-from bmigrate.common.errors import RefusedError
+from bmigrate.common.errors import DefectError, RefusedError
 from bmigrate.ship.pacer import Pacer
 from bmigrate.ship.passes import CLAIM_BYTES, Sender
 from bmigrate.ship.session import Session
@@ -111,6 +111,7 @@ class Resync:
         self._progress = progress
         self._sender = Sender(session, pacer)
         self._under_way: deque[_Piece] = deque()
+        self._compared_bytes = 0
         self.different_bytes = 0
 
     def run(self) -> None:
@@ -144,12 +145,20 @@ class Resync:
             claim = self._session.claim(self._volume, offset, CLAIM_BYTES)
             if claim is None:
                 break
-            began = time.monotonic()
+            read_before = self._pacer.spent["source_read"]
             self._begin(claim)
             offset = claim.next_offset
-            self._pacer.rest(time.monotonic() - began)
+            self._pacer.rest(self._pacer.spent["source_read"] - read_before)
         while self._under_way:
             self._finish_oldest()
+        if self._compared_bytes < self._volume.size_bytes:
+            # Whatever kept blocks from being claimed: what was not compared is not proved.
+            raise DefectError(
+                f"the resync compared {self._compared_bytes} of {self._volume.size_bytes} bytes",
+                volume=self._volume.name,
+                hint="the volume stays suspect and is compared again",
+                reason="incomplete",
+            )
 
     def _begin(self, claim: Claim) -> None:
         pieces = [piece for extent in claim.extents for piece in ranges.pieces(*extent, READ_BYTES)]
@@ -175,6 +184,7 @@ class Resync:
             runs = ranges.merge([*runs, (0, min(granule, len(piece.data)))])
         for start, length in runs:
             self._sender.put(self._volume, piece.claim, piece.offset + start, piece.data[start : start + length])
+        self._compared_bytes += len(piece.data)
         self._progress(len(piece.data))
         if piece.last:
             self._sender.flush()

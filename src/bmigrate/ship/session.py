@@ -335,8 +335,9 @@ class Session:
             self.sync()
 
     def settle(self) -> None:
-        """A SYNC, and wait until everything sent before it is durable and breqd has cleared it."""
-        number = self.sync()
+        """Wait until everything sent so far is durable and breqd has cleared it."""
+        self.flush()
+        number = self._window.last_sync
         with self._cond:
             self._wait(
                 lambda: self._window.last_ack >= number and not self._window.in_flight_claims,
@@ -414,6 +415,8 @@ class Session:
             self.fail(stream.failure() if not self._closing else closed_by_peer(self.config.peer.name, ""))
         except BmigrateError as error:
             self.fail(error)
+        except frames.FrameError as exc:
+            self.fail(RefusedError(f"{self.config.peer.name}: {exc}", host=self.config.peer.name, reason=exc.reason))
         except Exception as exc:
             _log.exception("the reader of workload %s failed", self.config.workload)
             self.fail(DefectError(f"reader: {exc!r}", reason="unexpected"))
@@ -453,12 +456,12 @@ class Session:
                 faults.point("ship.acked")
                 for claim in claims:
                     self._ack_tracker.ack(claim)
+                    self.on_durable(claim)
                     with self._cond:
                         self._window.released(claim)
                         idle = not self._window.in_flight_claims
                         self.rate.durable(claim.data_bytes, time.monotonic(), idle)
                         self._cond.notify_all()
-                    self.on_durable(claim)
                 with self._cond:
                     self._cond.notify_all()
         except BmigrateError as error:

@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bmigrate.common.errors import BmigrateError, RefusedError
+from bmigrate.ship import verdict
+from bmigrate.ship.jobs import Job
 from bmigrate.ship.window import Claim
 
 if TYPE_CHECKING:
@@ -29,6 +32,50 @@ class Totals:
         self.shipped_bytes += claim.data_bytes
         self.zero_bytes += claim.zero_bytes
         self.same_bytes += claim.same_bytes
+
+
+def state(engine: Engine) -> tuple[str, str | None]:
+    """The state of a workload and its reason, from the facts of this moment."""
+    now, snapshot, session, problem = engine.wanted(), engine.snapshot, engine.session, engine.last_error
+    suspects: dict[str, str] = {}
+    if session is not None:
+        suspects.update(session.standby_suspects)
+    if snapshot is not None:
+        suspects.update(snapshot.suspects)
+    facts = verdict.Facts(
+        wanted="ship" if now.what == "sealed" else now.what,
+        wanted_reason=now.reason,
+        connected=session is not None,
+        problem=str(problem) if problem is not None else None,
+        activity=engine.activity,
+        sealed=now.what == "sealed",
+        suspect="; ".join(f"{name}: {reason}" for name, reason in sorted(suspects.items())) or None,
+        seeding=engine.seeding(),
+        left_bytes=snapshot.left_bytes if snapshot is not None else 0,
+        predicted_seconds=engine.predicted(snapshot),
+        limit_seconds=engine.config.limits.max_drain_seconds,
+        dirty_rate=engine.dirty_rate.bytes_per_second,
+        ship_rate=engine.ship_rate.bytes_per_second,
+        limiter=engine.limiter,
+    )
+    return verdict.judge(facts, engine.trend)
+
+
+def late(engine: Engine, job: Job) -> BmigrateError:
+    """The error for a job whose time is up before it was reached."""
+    name, reason = state(engine)
+    now = f"state {name}" + (f" ({reason})" if reason else "")
+    workload = engine.config.workload
+    if job.kind != "converge":
+        return RefusedError(f"workload {workload}: no time left for {job.kind}: {now}", reason=f"{job.kind}_timeout")
+    predicted = engine.predicted(engine.snapshot)
+    expected = "unknown" if predicted is None else f"{predicted:.1f} s"
+    allowed = float(job.fields["max_drain_seconds"])
+    return RefusedError(
+        f"workload {workload} does not converge: {now}, predicted drain {expected}, allowed {allowed:g} s",
+        hint="lower the load, raise the bandwidth limit, or raise limits.max_drain_seconds",
+        reason="not_converging",
+    )
 
 
 def _rounded(value: float | None, digits: int = 3) -> float | None:
