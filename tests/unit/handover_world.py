@@ -280,6 +280,11 @@ class World:
         """The other host."""
         return self.beta if host is self.alpha else self.alpha
 
+    @property
+    def alive(self) -> bool:
+        """Whether the death that was ordered is still to come."""
+        return self.die_in is not None
+
     def tick(self, host: Machine, name: str, *details: Any) -> None:
         """One effect is about to happen, or has happened."""
         self.check()

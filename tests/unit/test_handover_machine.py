@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tests.unit.handover_world import Killed, Machine, World
 
 from bmigrate.common import faults
 from bmigrate.common.errors import BmigrateError, PhaseError, RefusedError
 from bmigrate.handover import machine
+from tests.unit.handover_world import Killed, Machine, World
 
 SOURCE = ["begin", "quiesce", "drain", "commit", "finish", "resume"]
 TARGET = ["prepare", "promote", "start", "finish", "cancel"]

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.unit.handover_world import Machine, World, changed_config
 
 from bmigrate.common.errors import BmigrateError, PhaseError, RefusedError, RolledBackError
 from bmigrate.handover import machine
+from tests.unit.handover_world import Machine, World, changed_config
 
 RUN = "r1"
 DEATHS = ("process", "source power", "target power", "dead-man", "source power later", "target power later")
@@ -326,12 +326,12 @@ def handover_length() -> int:
 @pytest.mark.parametrize("death", DEATHS)
 def test_death_at_every_effect_ends_with_one_host_that_has_everything(death: str) -> None:
     """Killed at each effect in turn; the same invariants are checked after every effect on the way out."""
-    outcomes = set()
+    outcomes: set[str] = set()
     for budget in range(handover_length()):
         world = World()
         world.write()
         world.die_in = budget
-        while world.die_in is not None:
+        while world.alive:
             world.go_on(RUN)
         committed = world.alpha.disk.demoted is not None
         after_death(world, death)
@@ -376,7 +376,7 @@ def test_nobody_but_the_timer_is_needed_to_get_the_service_back() -> None:
         world = World()
         world.write()
         world.die_in = budget
-        while world.die_in is not None:
+        while world.alive:
             world.go_on(RUN)
         if world.alpha.cache.demoted is not None:
             break

@@ -368,7 +368,8 @@ def finish(state: WorkloadState, run_id: str, result: Fields) -> WorkloadState:
     """Close a handover that was committed.
 
     The source adopts X: from now on it is the standby of that generation and the target may ship to
-    it; ``demoted`` stays until it is promoted itself, so that the certificate can be shown again. The target may ship from now on: its health is proved, so the old copy is no longer needed.
+    it; ``demoted`` stays until it is promoted itself, so that the certificate can be shown again.
+    The target may ship from now on: its health is proved, so the old copy is no longer needed.
 
     Raises:
         RefusedError, PhaseError: see ``check``.

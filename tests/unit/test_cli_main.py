@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The command line: help that teaches, documented exit codes, one JSON object, light imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bmigrate.cli import main as cli
+from bmigrate.common import errors, paths
+from bmigrate.common import state as states
+from bmigrate.handover import source
+from bmigrate.handover.host import Host
+
+CONFIG = """\
+workload: pg
+host: alpha
+hosts: {alpha: {address: 10.0.0.1}, beta: {address: 10.0.0.2}}
+volumes: [{name: data, devices: {alpha: /dev/nothing-a, beta: /dev/nothing-b}}]
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A host with one configured workload."""
+    for name in ("etc", "state", "run"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"BMIGRATE_{name.upper()}", str(tmp_path / name))
+    (tmp_path / "etc" / "pg.yml").write_text(CONFIG)
+    return tmp_path
+
+
+def made_primary() -> states.WorkloadState:
+    """The workload with a role on this host."""
+    first = {"number": 1, "id": "g1"}
+    item = states.WorkloadState("pg", "alpha", role="primary", generation=first, history=[first], shipping=True)
+    paths.state_dir("pg").mkdir(exist_ok=True)
+    states.save(item)
+    return item
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any]]:
+    """Run a command with --json; its exit code and its one object."""
+    code = cli.main([*words, "--json"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1, lines
+    found: dict[str, Any] = json.loads(lines[0])
+    assert set(found) == {"schema", "ok", "changed", "workload", "data", "error"}
+    assert found["ok"] is (code == 0)
+    return code, found
+
+
+def test_help_shows_every_command_and_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--help"], ["handover", "--help"], ["init", "--help"], ["adopt", "--help"], ["units", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(words)
+        assert caught.value.code == 0
+        text = capsys.readouterr().out
+        for code, meaning in errors.EXIT_CODES:
+            assert f"{code:>2}  {meaning}" in text, words
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_every_command_has_help_of_its_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([name, "--help"])
+    assert caught.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 8
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["handover", "leap", "--workload", "pg"],
+        ["handover", "begin"],
+        ["handover", "begin", "--workload", "../etc"],
+        ["handover", "begin", "--workload", "pg"],
+        ["handover", "begin", "--workload", "pg", "--run-id", "a b"],
+        ["handover", "commit", "--workload", "pg", "--run-id", "r1", "--candidate", "{"],
+        ["adopt", "--workload", "pg", "--generation", "[]"],
+        ["nothing"],
+        ["init", "--workload", "unknown"],
+    ],
+)
+def test_a_wrong_command_line_is_usage(root: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    item = made_primary()
+    item.handover = {"run_id": "r1", "side": "source", "phase": "drained", "peer": "beta", "results": {},
+                     "candidate": {"number": 2, "id": "x"}}  # fmt: skip
+    states.save(item)
+    code, found = answer(capsys, *words)
+    assert code == 2 and found["error"]["code"] == "usage"
+    assert found["error"]["message"]
+
+
+def test_begin_is_done_once_and_repeats_its_answer(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made_primary()
+    words = ["handover", "begin", "--workload", "pg", "--run-id", "r1", "--expect", "idle"]
+    code, first = answer(capsys, *words)
+    assert code == 0 and first["changed"] and first["data"]["phase"] == "begun"
+    code, again = answer(capsys, *words)
+    assert code == 0 and not again["changed"]
+    assert again["data"]["result"] == first["data"]["result"]
+    code, other = answer(capsys, "handover", "begin", "--workload", "pg", "--run-id", "r2")
+    assert code == 3 and other["error"]["reason"] == "handover_open"
+    code, wrong = answer(capsys, "handover", "drain", "--workload", "pg", "--run-id", "r1")
+    assert code == 6 and wrong["error"]["reason"] == "wrong_phase"
+    item = states.load("pg")
+    assert item is not None and item.handover is not None and item.handover["phase"] == "begun"
+
+
+def test_resume_answers_rolled_back_with_its_result(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_primary()
+    monkeypatch.setattr(Host, "hold", lambda self, op, **fields: {})
+    monkeypatch.setattr(Host, "ship", lambda self, op, **fields: {})
+    monkeypatch.setattr(Host, "disarm_dead_man", lambda self: None)
+    answer(capsys, "handover", "begin", "--workload", "pg", "--run-id", "r1")
+    for changed in (True, False):
+        code, found = answer(capsys, "handover", "resume", "--workload", "pg", "--run-id", "r1", "--reason", "test")
+        assert code == 7 and found["changed"] is changed
+        assert found["error"]["code"] == "rolled_back" and found["data"]["phase"] == "idle"
+    assert paths.primary_marker("pg").exists()
+
+
+def test_a_host_without_a_role_is_refused_and_discover_still_answers(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = answer(capsys, "handover", "begin", "--workload", "pg", "--run-id", "r1")
+    assert code == 3 and found["error"]["reason"] == "not_initialised"
+    code, found = answer(capsys, "handover", "discover", "--workload", "pg")
+    assert code == 0 and found["data"]["role"] == "none" and found["data"]["state"] is None
+    assert found["data"]["volumes"]["data"]["reason"] == "device_missing"
+    assert found["data"]["breqd"]["error"]["code"] == "unreachable"
+
+
+def test_preflight_names_every_blocker_and_changes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made_primary()
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    code, found = answer(capsys, "handover", "preflight", "--workload", "pg")
+    assert code == 3 and not found["changed"]
+    assert {"daemon_down", "device_missing"} <= {item["reason"] for item in found["data"]["blockers"]}
+    after = {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.name != "lock"}
+    assert after == before
+
+
+def test_judge_needs_both_hosts_and_answers_a_split_brain_with_its_own_code(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_primary()
+    assert answer(capsys, "handover", "judge", "--workload", "pg")[0] == 2
+    peer: dict[str, Any] = {"host": "beta", "workload": "pg", "role": "primary", "phase": "idle", "history": [], "run_id": None}
+    code, found = answer(capsys, "handover", "judge", "--workload", "pg", "--peer-facts", json.dumps(peer))
+    assert code == 6 and "two primaries" in found["error"]["message"]
+
+
+def test_the_downtime_commands_import_nothing_heavy(root: Path) -> None:
+    """Start-up time is downtime: no NumPy, no schema validation, no other command."""
+    made_primary()
+    program = (
+        "import sys; from bmigrate.cli import main; "
+        "main.main(['handover', 'begin', '--workload', 'pg', '--run-id', 'r1', '--json']); "
+        "print(sorted(name for name in sys.modules if name.split('.')[0] in ('numpy', 'jsonschema', 'subprocess') "
+        "or name in ('bmigrate.cli.status', 'bmigrate.handover.target', 'bmigrate.handover.preflight')))"
+    )
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_an_unexpected_error_is_a_defect_in_the_documented_form(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_primary()
+
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("broken")
+
+    monkeypatch.setattr(source, "begin", broken)
+    code, found = answer(capsys, "handover", "begin", "--workload", "pg", "--run-id", "r1")
+    assert code == 70 and found["error"]["code"] == "defect"
