@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -290,13 +291,17 @@ class Lab:
             LabError: it did not within the limit, or QEMU ended; with the last lines of the console.
         """
         guest = self.guest(name)
+        began = time.monotonic()
 
         def answers() -> bool:
             if not guest.running():
                 raise LabError(f"{name}: QEMU ended before ssh answered\n{guest.console()}")
             if guest.panicked():
                 raise LabError(f"{name}: its kernel panicked\n{guest.console()}")
-            return _banner(guest.ports.ssh) and self._ssh(name, ["true"], 60, fresh=True).returncode == 0
+            # Short at first, because a connection made before the guest listens answers late; longer and longer
+            # then, because on a busy machine a greeting itself may take many seconds.
+            patience = min(30.0, 2 + (time.monotonic() - began) / 8)
+            return _banner(guest.ports.ssh, patience) and self._ssh(name, ["true"], 120, fresh=True).returncode == 0
 
         wait(answers, limit_seconds, f"ssh on {name}", 0.25, guest.console)
 
@@ -399,10 +404,10 @@ def compare(disk: int = 2, instance: str | None = None, flush: bool = True) -> C
     return Lab(instance).compare(disk, flush)
 
 
-def _banner(port: int) -> bool:
+def _banner(port: int, limit_seconds: float = 5) -> bool:
     """Whether an ssh server greets at 127.0.0.1:port (QEMU accepts long before the guest listens)."""
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=2) as conn:
+        with socket.create_connection(("127.0.0.1", port), timeout=limit_seconds) as conn:
             return conn.recv(4) == b"SSH-"
     except OSError:
         return False
