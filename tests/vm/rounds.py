@@ -62,8 +62,7 @@ class Round:
         self._before: dict[str, Any] = {}
 
     def __enter__(self) -> Round:
-        shipping = self.rig.shipping(self.primary)
-        assert shipping["state"] in ("in_step", "catching_up", "losing_ground"), f"not a state to begin in: {shipping}"
+        self.rig.wait_shipping(self.primary, ("in_step",))
         self._before = self.look()
         assert not self._before["suspect"], f"suspect before the round: {self._before['suspect']}"
         self.writer.start()
