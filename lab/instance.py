@@ -196,8 +196,8 @@ class Lab:
         self._end_ssh_master(name)
 
         def again() -> bool:
-            done = self._ssh(name, ["cat", "/proc/sys/kernel/random/boot_id"], 30, fresh=True)
-            return done.returncode == 0 and done.stdout.strip() != before
+            now = self._try_ssh(name, ["cat", "/proc/sys/kernel/random/boot_id"])
+            return now is not None and now.strip() != before
 
         wait(again, limit_seconds, f"{name} to come back from its reboot", 1.0, self.guest(name).console)
 
@@ -280,6 +280,14 @@ class Lab:
             raise LabError(f"{name}: {' '.join(command)!r} did not finish within {timeout:.0f} s") from error
         return Completed(done.returncode, done.stdout, done.stderr)
 
+    def _try_ssh(self, name: str, command: Sequence[str]) -> str | None:
+        """What a command prints over a connection of its own, or None if it cannot be run at the moment."""
+        try:
+            done = self._ssh(name, command, 120, fresh=True)
+        except LabError:
+            return None
+        return done.stdout if done.returncode == 0 else None
+
     def _end_ssh_master(self, name: str) -> None:
         argv = ["ssh", "-F", str(self.ssh_config), "-O", "exit", name]
         subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False)
@@ -301,7 +309,7 @@ class Lab:
             # Short at first, because a connection made before the guest listens answers late; longer and longer
             # then, because on a busy machine a greeting itself may take many seconds.
             patience = min(30.0, 2 + (time.monotonic() - began) / 8)
-            return _banner(guest.ports.ssh, patience) and self._ssh(name, ["true"], 120, fresh=True).returncode == 0
+            return _banner(guest.ports.ssh, patience) and self._try_ssh(name, ["true"]) is not None
 
         wait(answers, limit_seconds, f"ssh on {name}", 0.25, guest.console)
 
