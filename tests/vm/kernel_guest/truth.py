@@ -26,10 +26,13 @@ def main() -> None:
     parser.add_argument("--asleep", action="store_true")
     options = parser.parse_args()
 
-    before = fingerprints(options.device)
+    workload = workloads.WORKLOADS[options.workload](options.written or options.device, options.seed)
+    workload.prepare()
+    # Attach first: a mounted file system writes on its own, also between the two.
     tracked = Tracked(options.device)
     try:
-        work(tracked, options)
+        before = fingerprints(options.device)
+        work(tracked, workload, options.asleep)
         tracked.drain()
         result = verdict(tracked, before, fingerprints(options.device))
     finally:
@@ -37,7 +40,7 @@ def main() -> None:
     print(json.dumps({"seed": options.seed, **result}))
 
 
-def work(tracked: Tracked, options: argparse.Namespace) -> None:
+def work(tracked: Tracked, workload: workloads.Raw | workloads.Filesystem, asleep: bool) -> None:
     """The workload, with a reader beside it or none."""
     over = threading.Event()
 
@@ -47,13 +50,13 @@ def work(tracked: Tracked, options: argparse.Namespace) -> None:
                 tracked.note(batch)
 
     reader = threading.Thread(target=read)
-    if not options.asleep:
+    if not asleep:
         reader.start()
     try:
-        workloads.WORKLOADS[options.workload](options.written or options.device, options.seed)
+        workload.work()
     finally:
         over.set()
-        if not options.asleep:
+        if not asleep:
             reader.join()
 
 

@@ -103,36 +103,74 @@ def raw(path: str, seed: int, operations: int, kinds: tuple[str, ...], threads: 
         raise failures[0]
 
 
-def filesystem(path: str, seed: int, kind: str, operations: int) -> None:
-    """Files made, changed, cut and removed on a file system mounted with discard, then fstrim and unmount."""
-    pick = random.Random(seed)
-    options = {"ext4": ["-q", "-F", "-E", "nodiscard"], "xfs": ["-q", "-f", "-K"]}[kind]
-    run(f"mkfs.{kind}", *options, path)
-    directory = f"/run/kernel-test-{os.path.basename(path)}"
-    os.makedirs(directory, exist_ok=True)
-    run("mount", "-o", "discard", path, directory)
-    try:
-        for step in range(operations):
-            name = f"{directory}/{pick.randrange(operations // 3)}"
-            choice = pick.random()
-            if choice < 0.6:
-                with open(name, "ab" if pick.random() < 0.5 else "wb") as file:
-                    file.write(pick.randbytes(pick.randrange(1, 100_000)))
-            elif os.path.exists(name):
-                if choice < 0.7:
-                    os.truncate(name, os.path.getsize(name) // 2)
-                else:
-                    os.unlink(name)
-            if step % 40 == 39:
-                run("sync", "-f", directory)
-        for name in os.listdir(directory):
-            # Every other file: the free space is in many small pieces, freed in one transaction.
-            if name.isdigit() and int(name) % 2:
-                os.unlink(f"{directory}/{name}")
-        run("sync", "-f", directory)
-        run("fstrim", directory)
-    finally:
-        run("umount", directory)
+class Raw:
+    """Random operations on the bare device."""
+
+    def __init__(self, path: str, seed: int, operations: int, kinds: tuple[str, ...]) -> None:
+        self.arguments = (path, seed, operations, kinds)
+
+    def prepare(self) -> None:
+        """Nothing to do before the truth is read for the first time."""
+
+    def work(self) -> None:
+        """All operations."""
+        raw(*self.arguments)
+
+
+class Filesystem:
+    """Files made, changed, cut and removed on a file system mounted with discard.
+
+    It is made and filled before the truth is read for the first time, so that the removal of old files is known by its
+    discards alone. fstrim marks nearly all of the device, and would hide what the discards before it missed: only on
+    request.
+    """
+
+    def __init__(self, path: str, seed: int, kind: str, operations: int, trim: bool) -> None:
+        self.path, self.kind, self.operations, self.trim = path, kind, operations, trim
+        self.random = random.Random(seed)
+        self.directory = f"/run/kernel-test-{os.path.basename(path)}"
+
+    def _name(self) -> str:
+        return f"{self.directory}/{self.random.randrange(self.operations)}"
+
+    def _settle(self) -> None:
+        run("sync", "-f", self.directory)
+
+    def prepare(self) -> None:
+        """mkfs, mount, and fill with many small files."""
+        options = {"ext4": ["-q", "-F", "-E", "nodiscard"], "xfs": ["-q", "-f", "-K"]}[self.kind]
+        run(f"mkfs.{self.kind}", *options, self.path)
+        os.makedirs(self.directory, exist_ok=True)
+        run("mount", "-o", "discard", self.path, self.directory)
+        for number in range(self.operations):
+            with open(f"{self.directory}/{number}", "wb") as file:
+                file.write(self.random.randbytes(self.random.randrange(1, 60_000)))
+        self._settle()
+
+    def work(self) -> None:
+        """Change it, remove every other file, unmount."""
+        try:
+            for step in range(self.operations // 2):
+                name, choice = self._name(), self.random.random()
+                if choice < 0.3:
+                    with open(name, "ab") as file:
+                        file.write(self.random.randbytes(self.random.randrange(1, 60_000)))
+                elif os.path.exists(name):
+                    if choice < 0.5:
+                        os.truncate(name, os.path.getsize(name) // 2)
+                    else:
+                        os.unlink(name)
+                if step % 40 == 39:
+                    self._settle()
+            for name in os.listdir(self.directory):
+                # Every other one: the space is in many small pieces, freed in one transaction.
+                if name.isdigit() and int(name) % 2:
+                    os.unlink(f"{self.directory}/{name}")
+            self._settle()
+            if self.trim:
+                run("fstrim", self.directory)
+        finally:
+            run("umount", self.directory)
 
 
 def partition_table(path: str) -> None:
@@ -147,13 +185,14 @@ def partition_table(path: str) -> None:
 
 
 ALL_KINDS = ("write", "write", "write", "fua", "discard", "zeroout", "zero_range", "punch")
-WORKLOADS: dict[str, Callable[[str, int], None]] = {
-    "raw": lambda path, seed: raw(path, seed, 480, ALL_KINDS),
-    "writes": lambda path, seed: raw(path, seed, 400, ("write", "fua")),
+WORKLOADS: dict[str, Callable[[str, int], Raw | Filesystem]] = {
+    "raw": lambda path, seed: Raw(path, seed, 480, ALL_KINDS),
+    "writes": lambda path, seed: Raw(path, seed, 400, ("write", "fua")),
     # Alone: the kernel refuses to mix the page cache with O_DIRECT on the same sectors.
-    "buffered": lambda path, seed: raw(path, seed, 200, ("buffered",)),
-    "discards": lambda path, seed: raw(path, seed, 400, ("write", "discard", "punch", "discard")),
-    "zeroes": lambda path, seed: raw(path, seed, 300, ("write", "zeroout", "zero_range")),
-    "ext4": lambda path, seed: filesystem(path, seed, "ext4", 400),
-    "xfs": lambda path, seed: filesystem(path, seed, "xfs", 400),
+    "buffered": lambda path, seed: Raw(path, seed, 200, ("buffered",)),
+    "discards": lambda path, seed: Raw(path, seed, 400, ("write", "discard", "punch", "discard")),
+    "zeroes": lambda path, seed: Raw(path, seed, 300, ("write", "zeroout", "zero_range")),
+    "ext4": lambda path, seed: Filesystem(path, seed, "ext4", 500, False),
+    "xfs": lambda path, seed: Filesystem(path, seed, "xfs", 900, False),
+    "fstrim": lambda path, seed: Filesystem(path, seed, "ext4", 300, True),
 }

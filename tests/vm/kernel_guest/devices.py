@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""In a guest: make and take away devices of kinds that the lab's disks are not. Prints the device's path.
+
+usage: devices.py make KIND | devices.py drop KIND
+
+Promises that `drop` leaves nothing behind, also after a `make` that failed half way. Only stock modules are used.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tracker import run
+
+CONFIG = Path("/sys/kernel/config/nvmet")
+NQN = "nqn.2025-01.org.example:bmigrate-test"
+FILE = Path("/var/tmp/kernel-test.img")
+FILE_BYTES = 320 << 20
+SCSI_DRIVER = Path("/sys/bus/pseudo/drivers/scsi_debug")
+
+
+def _wait(find: Callable[[], str | None], what: str) -> str:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        found = find()
+        if found:
+            return found
+        time.sleep(0.05)
+    raise TimeoutError(f"no {what} appeared")
+
+
+def _nvme(multipath: bool) -> str:
+    """An nvme namespace over TCP to ourselves: a request-based disk, or with multipath a bio-based head over one."""
+    run("modprobe", "nvme_core", f"multipath={'Y' if multipath else 'N'}")
+    run("modprobe", "-a", "nvme_tcp", "nvmet_tcp")
+    with FILE.open("wb") as file:
+        file.truncate(FILE_BYTES)
+    if not CONFIG.exists():
+        run("mount", "-t", "configfs", "none", "/sys/kernel/config")
+    subsystem = CONFIG / "subsystems" / NQN
+    namespace = subsystem / "namespaces/1"
+    port = CONFIG / "ports/1"
+    namespace.mkdir(parents=True)
+    (subsystem / "attr_allow_any_host").write_text("1")
+    (namespace / "device_path").write_text(run("losetup", "--find", "--show", str(FILE)).strip())
+    (namespace / "enable").write_text("1")
+    port.mkdir()
+    for name, value in (("trtype", "tcp"), ("adrfam", "ipv4"), ("traddr", "127.0.0.1"), ("trsvcid", "4420")):
+        (port / f"addr_{name}").write_text(value)
+    (port / "subsystems" / NQN).symlink_to(subsystem)
+    with open("/dev/nvme-fabrics", "w") as fabrics:
+        fabrics.write(f"transport=tcp,traddr=127.0.0.1,trsvcid=4420,nqn={NQN}")
+    return _wait(lambda: "/dev/nvme0n1" if os.path.exists("/dev/nvme0n1") else None, "nvme namespace")
+
+
+def _drop_nvme() -> None:
+    for control in Path("/sys/class/nvme").glob("nvme*/delete_controller"):
+        control.write_text("1")
+    port, subsystem = CONFIG / "ports/1", CONFIG / "subsystems" / NQN
+    if (port / "subsystems" / NQN).is_symlink():
+        (port / "subsystems" / NQN).unlink()
+    for directory in (port, subsystem / "namespaces/1", subsystem):
+        if directory.exists():
+            directory.rmdir()
+    _unload("nvme_tcp", "nvmet_tcp", "nvmet", "nvme_fabrics", "nvme_core")
+    for line in run("losetup", "--noheadings", "--output", "NAME", "--associated", str(FILE)).split():
+        run("losetup", "--detach", line)
+    FILE.unlink(missing_ok=True)
+
+
+def _unload(*modules: str) -> None:
+    """rmmod what is loaded; a disk that was just let go of may hold its driver for a moment."""
+    for module in modules:
+        for _ in range(100):
+            if not Path("/sys/module", module).exists():
+                break
+            if not subprocess.run(["rmmod", module], capture_output=True).returncode:
+                break
+            time.sleep(0.05)
+        else:
+            run("rmmod", module)
+
+
+def _scsi(*options: str) -> str:
+    run("modprobe", "scsi_debug", "dev_size_mb=64", "delay=0", "lbpu=1", "lbpws=1", *options)
+
+    def find() -> str | None:
+        for model in Path("/sys/block").glob("sd*/device/model"):
+            if model.read_text().strip() == "scsi_debug":
+                return f"/dev/{model.parts[3]}"
+        return None
+
+    path = _wait(find, "scsi_debug disk")
+    run("udevadm", "settle")
+    return path
+
+
+def _brd() -> str:
+    run("modprobe", "brd", "rd_nr=1", "rd_size=16384")
+    return "/dev/ram0"
+
+
+def _zram() -> str:
+    run("modprobe", "zram", "num_devices=1")
+    Path("/sys/block/zram0/disksize").write_text("16M")
+    return "/dev/zram0"
+
+
+def _drop_zram() -> None:
+    if Path("/sys/block/zram0").exists():
+        Path("/sys/block/zram0/reset").write_text("1")
+    _unload("zram")
+
+
+def _dm() -> str:
+    disk = _scsi()
+    subprocess.run(["dmsetup", "create", "kernel-test"], input=f"0 65536 linear {disk} 0\n", text=True, check=True)
+    return "/dev/mapper/kernel-test"
+
+
+def _drop_dm() -> None:
+    if Path("/dev/mapper/kernel-test").exists():
+        run("dmsetup", "remove", "--retry", "kernel-test")
+    _unload("scsi_debug")
+
+
+def _null_zoned() -> str:
+    run("modprobe", "null_blk", "nr_devices=1", "gb=1", "memory_backed=0", "zoned=1", "zone_size=64", "queue_mode=2")
+    return "/dev/nullb0"
+
+
+KINDS: dict[str, tuple[Callable[[], str], Callable[[], None]]] = {
+    "nvme": (lambda: _nvme(False), _drop_nvme),
+    "nvme-head": (lambda: _nvme(True), _drop_nvme),
+    "scsi": (_scsi, lambda: _unload("scsi_debug")),
+    "scsi-sector-512e": (lambda: _scsi("physblk_exp=3"), lambda: _unload("scsi_debug")),
+    "brd": (_brd, lambda: _unload("brd")),
+    "zram": (_zram, _drop_zram),
+    "dm": (_dm, _drop_dm),
+    "zoned": (_null_zoned, lambda: _unload("null_blk")),
+}
+
+if __name__ == "__main__":
+    verb, kind = sys.argv[1:]
+    make, drop = KINDS[kind]
+    drop()
+    if verb == "make":
+        print(make())
