@@ -54,7 +54,7 @@ def entry_of(workload: str) -> dict[str, Any]:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     workload = arguments.workload
-    rpc.call(paths.ship_socket(), "reload")
+    _reload(GONE_FOR_SECONDS if arguments.wait else 0.0)
     first = entry_of(workload)
     _refuse_hopeless(first, 0.0)
     last = first
@@ -65,6 +65,19 @@ def run(arguments: argparse.Namespace) -> int:
     changed = bool(arguments.wait and first["state"] != "in_step")
     output.emit(last, changed=changed, workload=workload, as_json=arguments.json, text=bars.line_of(last))
     return 0
+
+
+def _reload(patience_seconds: float) -> None:
+    """Have the shipper read configuration and state; while it is being started, wait for it."""
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            rpc.call(paths.ship_socket(), "reload")
+            return
+        except UnreachableError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.2)
 
 
 def _wait(workload: str, timeout_seconds: float) -> dict[str, Any]:
