@@ -21,7 +21,6 @@ CONFIG = Path("/sys/kernel/config/nvmet")
 NQN = "nqn.2025-01.org.example:bmigrate-test"
 FILE = Path("/var/tmp/kernel-test.img")
 FILE_BYTES = 320 << 20
-SCSI_DRIVER = Path("/sys/bus/pseudo/drivers/scsi_debug")
 
 
 def _wait(find: Callable[[], str | None], what: str) -> str:
@@ -86,7 +85,8 @@ def _unload(*modules: str) -> None:
             run("rmmod", module)
 
 
-def _scsi(*options: str) -> str:
+def scsi(*options: str) -> str:
+    """A disk of 64 MiB by scsi_debug, with unmap."""
     run("modprobe", "scsi_debug", "dev_size_mb=64", "delay=0", "lbpu=1", "lbpws=1", *options)
 
     def find() -> str | None:
@@ -98,6 +98,11 @@ def _scsi(*options: str) -> str:
     path = _wait(find, "scsi_debug disk")
     run("udevadm", "settle")
     return path
+
+
+def drop_scsi() -> None:
+    """Take it away."""
+    _unload("scsi_debug")
 
 
 def _brd() -> str:
@@ -118,7 +123,7 @@ def _drop_zram() -> None:
 
 
 def _dm() -> str:
-    disk = _scsi()
+    disk = scsi()
     subprocess.run(["dmsetup", "create", "kernel-test"], input=f"0 65536 linear {disk} 0\n", text=True, check=True)
     return "/dev/mapper/kernel-test"
 
@@ -126,7 +131,7 @@ def _dm() -> str:
 def _drop_dm() -> None:
     if Path("/dev/mapper/kernel-test").exists():
         run("dmsetup", "remove", "--retry", "kernel-test")
-    _unload("scsi_debug")
+    drop_scsi()
 
 
 def _null_zoned() -> str:
@@ -137,8 +142,7 @@ def _null_zoned() -> str:
 KINDS: dict[str, tuple[Callable[[], str], Callable[[], None]]] = {
     "nvme": (lambda: _nvme(False), _drop_nvme),
     "nvme-head": (lambda: _nvme(True), _drop_nvme),
-    "scsi": (_scsi, lambda: _unload("scsi_debug")),
-    "scsi-sector-512e": (lambda: _scsi("physblk_exp=3"), lambda: _unload("scsi_debug")),
+    "scsi": (scsi, drop_scsi),
     "brd": (_brd, lambda: _unload("brd")),
     "zram": (_zram, _drop_zram),
     "dm": (_dm, _drop_dm),

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""In a guest: devices that fail, grow, go away, or take commands past the block layer. See cases.py.
+
+The device is a scsi_debug disk or a loop device of the case's own; the argument is not used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import devices
+from bmigrate.kernel import abi
+from bmigrate.kernel.channel import Batch, Channel
+from bmigrate.kernel.control import Attachment, Control
+from cases import attach, empty, main, ranges, wait_for, write
+from tracker import run
+
+SG_IO = 0x2285
+NO_DATA, TO_DEVICE, FROM_DEVICE = -1, -2, -3
+
+
+class SgHeader(ctypes.Structure):
+    """struct sg_io_hdr of scsi/sg.h."""
+
+    _fields_ = [
+        ("interface_id", ctypes.c_int), ("direction", ctypes.c_int), ("cmd_len", ctypes.c_ubyte),
+        ("sense_len", ctypes.c_ubyte), ("iovec_count", ctypes.c_ushort), ("data_len", ctypes.c_uint),
+        ("data", ctypes.c_void_p), ("command", ctypes.c_void_p), ("sense", ctypes.c_void_p),
+        ("timeout", ctypes.c_uint), ("flags", ctypes.c_uint), ("pack_id", ctypes.c_int), ("usr", ctypes.c_void_p),
+        ("status", ctypes.c_ubyte), ("masked", ctypes.c_ubyte), ("msg", ctypes.c_ubyte), ("sense_written", ctypes.c_ubyte),
+        ("host_status", ctypes.c_ushort), ("driver_status", ctypes.c_ushort), ("residual", ctypes.c_int),
+        ("duration", ctypes.c_uint), ("info", ctypes.c_uint),
+    ]
+
+
+def scsi_command(device: str, command: bytes, direction: int, data: bytes = b"") -> int:
+    """Send a SCSI command past the block layer; its status."""
+    buffer = ctypes.create_string_buffer(data, max(1, len(data)))
+    sense = ctypes.create_string_buffer(64)
+    cdb = ctypes.create_string_buffer(command, len(command))
+    header = SgHeader(
+        interface_id=ord("S"), direction=direction, cmd_len=len(command), sense_len=64, data_len=len(data),
+        data=ctypes.addressof(buffer) if data else None, command=ctypes.addressof(cdb),
+        sense=ctypes.addressof(sense), timeout=20000,
+    )
+    fd = os.open(device, os.O_RDWR)
+    try:
+        fcntl.ioctl(fd, SG_IO, header, True)
+    finally:
+        os.close(fd)
+    return int(header.status)
+
+
+@contextmanager
+def scsi_disk(*options: str) -> Iterator[str]:
+    """A scsi_debug disk of 64 MiB."""
+    devices.drop_scsi()
+    path = devices.scsi(*options)
+    try:
+        yield path
+    finally:
+        devices.drop_scsi()
+
+
+@contextmanager
+def attachment_of(path: str, region_bytes: int = 65536) -> Iterator[tuple[Attachment, Control, Channel]]:
+    """The device, attached, with an empty log."""
+    with Control() as control, Channel() as channel:
+        empty(channel)
+        attachment = attach(control, path, region_bytes)
+        try:
+            yield attachment, control, channel
+        finally:
+            control.detach(attachment.slot, attachment.attachment_id)
+            empty(channel)
+
+
+def _whole(batches: list[Batch], attachment: Attachment) -> bool:
+    marked = sorted((s - attachment.start_sector, c) for batch in batches for s, c in ranges(batch))
+    end = 0
+    for start, count in marked:
+        if start > end:
+            return False
+        end = max(end, start + count)
+    return end >= attachment.sectors
+
+
+def passthrough(device: str) -> dict[str, Any]:
+    """A command past the block layer marks everything, unless it only brings data; a barrier waits for the mark."""
+    with scsi_disk() as disk, attachment_of(disk) as (attachment, control, channel):
+        results: dict[str, Any] = {}
+
+        def send(name: str, command: bytes, direction: int, data: bytes = b"") -> None:
+            before = control.stats(attachment.slot).passthrough
+            status = scsi_command(disk, command, direction, data)
+            barrier = channel.barrier()
+            passed_at_once = channel.passed(barrier)
+            batches = empty(channel)
+            assert channel.passed(barrier)
+            flags = {int(f) for b in batches for f in b.records["flags"]}
+            results[name] = [status, control.stats(attachment.slot).passthrough - before, passed_at_once,
+                             _whole(batches, attachment), sorted(flags)]
+
+        send("inquiry", bytes([0x12, 0, 0, 0, 96, 0]), FROM_DEVICE, bytes(96))
+        send("write", bytes([0x2A, 0, 0, 0, 0, 5, 0, 0, 1, 0]), TO_DEVICE, os.urandom(512))
+        send("test unit ready", bytes(6), NO_DATA)
+        return results
+
+
+def failed_writes(device: str) -> dict[str, Any]:
+    """A write that the device refused is recorded, with the flag, in full; also through the overflow."""
+    ring_limit = Path("/sys/module/reqlog/parameters/ring_limit")
+    with scsi_disk("wp=0") as disk, attachment_of(disk) as (attachment, control, channel):
+        write(disk, 64, 8)
+        protect = Path("/sys/bus/pseudo/drivers/scsi_debug/wp")
+        results = {}
+        for name, limit in (("ring", "0"), ("overflow", "1")):
+            ring_limit.write_text(limit)
+            empty(channel)
+            for _ in range(8):
+                _write_that_fails(disk, protect, 4096)
+            ring_limit.write_text("0")
+            batches = empty(channel)
+            records = [(int(r["sector"]), int(r["nr_sectors"]), int(r["flags"])) for b in batches for r in b.records]
+            results[name] = sorted(set(records))
+        return {**results, "failed": control.stats(attachment.slot).failed}
+
+
+def _write_that_fails(disk: str, protect: Path, sector: int) -> None:
+    protect.write_text("1")
+    try:
+        write(disk, sector, 8)
+    except OSError:
+        return
+    finally:
+        protect.write_text("0")
+    raise AssertionError("the write did not fail")
+
+
+def removed(device: str) -> dict[str, Any]:
+    """A disk that is taken away while attached goes at once, is listed as gone, and is let go of by DETACH."""
+    with Control() as control, Channel() as channel:
+        empty(channel)
+        devices.drop_scsi()
+        disk = devices.scsi()
+        attachment = attach(control, disk)
+        write(disk, 8)
+        pinned = subprocess.run(["rmmod", "scsi_debug"], capture_output=True).returncode
+        Path(f"/sys/block/{attachment.disk}/device/delete").write_text("1")
+        wait_for(lambda: not os.path.exists(disk), "the disk does not go")
+        [listed] = control.list()
+        assert listed.gone and listed.disk_sectors == 0 and not listed.draining, listed
+        stats = control.stats(attachment.slot)
+        control.detach(attachment.slot, attachment.attachment_id)
+        records = [pair for batch in empty(channel) for pair in ranges(batch)]
+        assert not control.list()
+        devices.drop_scsi()
+        again = devices.scsi()
+        try:
+            fresh = attach(control, again)
+            assert not fresh.gone and fresh.attachment_id != attachment.attachment_id
+            control.detach(fresh.slot, fresh.attachment_id)
+            control.list()
+        finally:
+            devices.drop_scsi()
+        return {"rmmod of the driver": pinned, "records": stats.records, "ranges": records}
+
+
+def grown(device: str) -> dict[str, Any]:
+    """Writes behind the end that the disk had when it was attached are recorded, and the entry says so."""
+    ring_limit = Path("/sys/module/reqlog/parameters/ring_limit")
+    image = Path("/var/tmp/kernel-grown.img")
+    with image.open("wb") as file:
+        file.truncate(1 << 20)
+    loop = run("losetup", "--find", "--show", str(image)).strip()
+    try:
+        with attachment_of(loop) as (attachment, control, channel):
+            with image.open("r+b") as file:
+                file.truncate(2 << 20)
+            run("losetup", "--set-capacity", loop)
+            [listed] = control.list()
+            assert (listed.sectors, listed.disk_sectors, listed.beyond) == (2048, 4096, False), listed
+            write(loop, 3000)
+            first = [pair for batch in empty(channel) for pair in ranges(batch)]
+            ring_limit.write_text("1")
+            for _ in range(16):
+                write(loop, 2040, 16)
+            ring_limit.write_text("0")
+            widened = [(int(r["sector"]), int(r["nr_sectors"])) for b in empty(channel) for r in b.records
+                       if r["flags"] & abi.FLAG_WIDENED]
+            [listed] = control.list()
+            return {"first": first, "widened": sorted(widened), "beyond": listed.beyond,
+                    "stats": control.stats(attachment.slot).beyond}
+    finally:
+        run("losetup", "--detach", loop)
+        image.unlink()
+
+
+if __name__ == "__main__":
+    main(globals())
