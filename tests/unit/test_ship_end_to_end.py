@@ -14,6 +14,7 @@ import pytest
 from bmigrate.common import rpc
 from bmigrate.common.config import Limits
 from bmigrate.common.errors import PhaseError, RefusedError, SuspectError
+from bmigrate.ship.jobs import Job
 from tests.unit.ship_world import GRANULE, World
 from tests.unit.standby_host import MIB, wait
 
@@ -321,6 +322,25 @@ def test_unseal_ships_again(world: World) -> None:
     world.until(engine, "in_step")
     wait(lambda: not world.different(), "the new write to arrive")
     assert _epoch(engine) == 2
+
+
+def test_unseal_gives_up_a_drain_that_is_under_way(world: World) -> None:
+    """The source was told to resume: a drain that ends later must not seal it behind its back."""
+    engine = world.engine()
+    world.until(engine, "in_step")
+    world.receiver_faults("receive.fdatasync=delay:2")
+    engine.reconnect()
+    world.until(engine, "in_step")
+    world.write(0, world.random.randbytes(GRANULE))
+    answers: list[Any] = []
+    engine.post(Job("drain", {"run_id": "r1"}, lambda value, error: answers.append((value, error)), 60))
+    wait(lambda: engine.activity == "draining", "the drain to begin")
+    assert engine.unseal()
+    wait(lambda: answers, "an answer")
+    assert answers[0][0] is None and answers[0][1].reason == "cancelled"
+    assert engine.wanted().what == "ship"
+    world.until(engine, "in_step")
+    assert world.drain(engine)["epoch"] >= 2
 
 
 def test_seal_survives_a_restart_by_the_phase_on_disk(world: World) -> None:

@@ -17,7 +17,7 @@ from collections import deque
 from typing import Any, Callable
 
 from bmigrate.common import faults
-from bmigrate.common.errors import RefusedError, SuspectError, UnreachableError
+from bmigrate.common.errors import RefusedError, SuspectError
 from bmigrate.ship.ledger import DIGEST_BYTES, Ledger
 from bmigrate.ship.pacer import Pacer
 from bmigrate.ship.passes import PassResult, run_pass
@@ -33,11 +33,18 @@ REREAD_PIECES = 4096
 REREADS_UNDER_WAY = 4
 
 
-def drain(session: Session, pacer: Pacer, deadline: float, progress: Callable[[int, int], None]) -> dict[str, Any]:
+def drain(
+    session: Session,
+    pacer: Pacer,
+    deadline: float,
+    cancelled: Callable[[], bool],
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
     """Drain the open session.
 
     Args:
-        deadline: monotonic seconds after which it gives up. progress: called with (done, total) bytes.
+        deadline: monotonic seconds after which it gives up. cancelled: nobody waits for it any more, or the
+            source was told to resume; asked now and then. progress: called with (done, total) bytes.
 
     Returns:
         {bytes_left_at_start, bytes_shipped, zero_bytes, passes, seconds, barrier_seconds, reread_seconds,
@@ -45,7 +52,7 @@ def drain(session: Session, pacer: Pacer, deadline: float, progress: Callable[[i
 
     Raises:
         SuspectError: a volume is suspect.
-        RefusedError: reason ``still_written``, ``digest_mismatch`` or ``drain_timeout``.
+        RefusedError: reason ``still_written``, ``digest_mismatch``, ``drain_timeout`` or ``cancelled``.
         BmigrateError: the session is over.
     """
     began = time.monotonic()
@@ -70,10 +77,20 @@ def drain(session: Session, pacer: Pacer, deadline: float, progress: Callable[[i
         barrier_seconds += time.monotonic() - at
         return counts
 
+    def check() -> None:
+        if cancelled():
+            raise RefusedError("the drain was given up", hint="begin a new handover", reason="cancelled")
+        if time.monotonic() > deadline:
+            raise RefusedError(
+                "the drain took longer than it may",
+                hint="wait until the workload is in step and try again, or raise limits.max_downtime_seconds",
+                reason="drain_timeout",
+            )
+
     counts = barrier()
     faults.point("ship.drain_barrier")
     for _ in range(MAX_ROUNDS):
-        passes += _until_clean(session, pacer, ledger, total, deadline, lambda: progress(total.data_bytes, left))
+        passes += _until_clean(session, pacer, ledger, total, check, lambda: progress(total.data_bytes, left))
         faults.point("ship.drain_clean")
         again = barrier()
         if again == counts and not session.snapshot().left_bytes:
@@ -82,7 +99,7 @@ def drain(session: Session, pacer: Pacer, deadline: float, progress: Callable[[i
     else:
         raise _still_written(session, "new writes were recorded during the drain")
     reread_at = time.monotonic()
-    _prove(session, ledger, deadline)
+    _prove(session, ledger, check)
     now = time.monotonic()
     return {
         "bytes_left_at_start": left,
@@ -99,17 +116,17 @@ def drain(session: Session, pacer: Pacer, deadline: float, progress: Callable[[i
 
 
 def _until_clean(
-    session: Session, pacer: Pacer, ledger: Ledger, total: PassResult, deadline: float, progress: Callable[[], None]
+    session: Session,
+    pacer: Pacer,
+    ledger: Ledger,
+    total: PassResult,
+    check: Callable[[], None],
+    progress: Callable[[], None],
 ) -> int:
     """Passes until breqd has nothing dirty and nothing claimed; returns how many."""
     for number in range(1, MAX_PASSES + 1):
-        if time.monotonic() > deadline:
-            raise RefusedError(
-                "the drain took longer than it may",
-                hint="wait until the workload is in step and try again, or raise limits.max_downtime_seconds",
-                reason="drain_timeout",
-            )
-        result = run_pass(session, pacer, lambda: time.monotonic() > deadline, ledger)
+        check()
+        result = run_pass(session, pacer, _never_interrupted(check), ledger)
         total.data_bytes += result.data_bytes
         total.zero_bytes += result.zero_bytes
         session.settle()
@@ -117,6 +134,16 @@ def _until_clean(
         if not session.snapshot().left_bytes:
             return number
     raise _still_written(session, f"after {MAX_PASSES} passes there was something dirty again")
+
+
+def _never_interrupted(check: Callable[[], None]) -> Callable[[], bool]:
+    """For a walk: raise when it must end, never end it early."""
+
+    def interrupted() -> bool:
+        check()
+        return False
+
+    return interrupted
 
 
 def _still_written(session: Session, what: str) -> RefusedError:
@@ -127,7 +154,7 @@ def _still_written(session: Session, what: str) -> RefusedError:
     )
 
 
-def _prove(session: Session, ledger: Ledger, deadline: float) -> None:
+def _prove(session: Session, ledger: Ledger, check: Callable[[], None]) -> None:
     """Read every piece back from the standby's device and compare its digest with that of what was sent."""
     volumes = {volume.name: volume for volume in session.volumes}
     under_way: deque[tuple[SourceVolume, list[tuple[int, int, bytes]]]] = deque()
@@ -141,8 +168,7 @@ def _prove(session: Session, ledger: Ledger, deadline: float) -> None:
 
     for name in ledger.volumes():
         for batch in ledger.batches(name, REREAD_BYTES, REREAD_PIECES):
-            if time.monotonic() > deadline:
-                raise UnreachableError("the standby took too long to read back what was sent", reason="drain_timeout")
+            check()
             session.request(
                 FrameType.REREAD,
                 FrameType.DIGESTS,

@@ -125,15 +125,16 @@ class Engine(threading.Thread):
         return True
 
     def unseal(self) -> bool:
-        """Lift the seal of a drain; returns whether there was one."""
-        sealed = self.wanted().what == "sealed"
-        handover = (self._state.handover if self._state is not None else None) or {}
-        lifted = {run_id for run_id in (self._sealed_by, handover.get("run_id")) if run_id}
-        self._unsealed = self._unsealed | lifted
-        self._sealed_by = None
-        self._attempt = 0
+        """Lift the seal of a drain, and give up a drain that is under way; returns whether there was one."""
+        with self._wake:
+            found = self._waiting.cancel_drains() or self.wanted().what == "sealed"
+            handover = (self._state.handover if self._state is not None else None) or {}
+            lifted = {run_id for run_id in (self._sealed_by, handover.get("run_id")) if run_id}
+            self._unsealed = self._unsealed | lifted
+            self._sealed_by = None
+            self._attempt = 0
         self.wake()
-        return sealed
+        return found
 
     def reload(self) -> None:
         """state.json may have changed."""
@@ -371,12 +372,16 @@ class Engine(threading.Thread):
     def _drain(self, session: Session, job: Job) -> None:
         self.activity = "draining"
         try:
-            result = drains.drain(session, self.pacer, job.deadline, self._drain_progress)
+            result = drains.drain(session, self.pacer, job.deadline, lambda: job.cancelled, self._drain_progress)
             run_id = str(job.fields.get("run_id"))
-            # Sealed before anybody hears of it: from the answer on nothing may reach the standby any more.
-            self._unsealed = self._unsealed - {run_id}
-            self._sealed_by = run_id
-            self._drained = {run_id: result}
+            with self._wake:
+                # A source that was told to resume meanwhile must not be sealed behind its back.
+                if job.cancelled:
+                    raise RefusedError("the drain was given up", hint="begin a new handover", reason="cancelled")
+                # Sealed before anybody hears of it: from the answer on nothing may reach the standby any more.
+                self._unsealed = self._unsealed - {run_id}
+                self._sealed_by = run_id
+                self._drained = {run_id: result}
             job.done(result)
         finally:
             self.activity = None

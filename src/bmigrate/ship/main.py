@@ -26,7 +26,7 @@ from bmigrate.ship.engine import Engine
 from bmigrate.ship.jobs import Job
 
 SAMPLE_SECONDS = 1.0
-STOP_SECONDS = 20.0
+STOP_SECONDS = 10.0
 _log = logging.getLogger("ship")
 Open = Callable[[configs.Config], transport.Transport]
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from bmigrate.common.errors import BmigrateError
+from bmigrate.common.errors import BmigrateError, RefusedError
 from bmigrate.ship.jobs import Job
 
 PATIENCE_SECONDS = {"drain": 15.0, "verify": 15.0, "converge": 60.0}
@@ -54,6 +54,18 @@ class Waiting:
         """Whether a drain waits for its turn: walks end early for it."""
         with self._lock:
             return any(job.kind == "drain" and not job.over for job in self._jobs)
+
+    def cancel_drains(self) -> bool:
+        """Give up the drains that run or wait; returns whether there were any."""
+        with self._lock:
+            drains = [job for job in [*self._jobs, self._running] if job is not None and job.kind == "drain"]
+            running = self._running
+        for job in drains:
+            job.cancelled = True
+            if job is not running:
+                job.failed(RefusedError("the drain was given up", hint="begin a new handover", reason="cancelled"))
+        self.judged()
+        return bool(drains)
 
     def converging(self) -> list[Job]:
         """The converge jobs that are not answered yet."""
