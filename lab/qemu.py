@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lab import tscrate
 from lab.disks import DISKS
 from lab.errors import LabError
 
@@ -59,6 +60,8 @@ def arguments(vm: str, index: int, ports: Ports, peer_lan_port: int, kernel: Pat
         if can_virtualise()
         else ["-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max,la57=off,svm=off"]
     )
+    # The guest must not measure its clock while the host is busy: see tscrate.py.
+    clock = "" if can_virtualise() else tscrate.kernel_arguments(tscrate.measure_khz())
     argv = [
         "qemu-system-x86_64",
         *("-name", label),
@@ -66,7 +69,7 @@ def arguments(vm: str, index: int, ports: Ports, peer_lan_port: int, kernel: Pat
         *("-machine", "q35,sata=off,smbus=off,usb=off,vmport=off,hpet=off,i8042=off"),
         *accelerate,
         *("-smp", cpus, "-m", memory),
-        *("-kernel", str(kernel), "-initrd", "initramfs.cpio", "-append", COMMAND_LINE),
+        *("-kernel", str(kernel), "-initrd", "initramfs.cpio", "-append", f"{COMMAND_LINE} {clock}"),
         *("-chardev", "file,id=console,path=console.log,append=on", "-serial", "chardev:console"),
         *("-qmp", "unix:monitor.sock,server=on,wait=off"),
         *("-rtc", "base=utc", "-device", "virtio-rng-pci"),
