@@ -19,11 +19,12 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Callable, TypeVar
+from typing import Any, Callable, TypeVar
 
-from bmigrate.common import blockdev, errors, faults
+from bmigrate.common import errors, faults
 from bmigrate.common.config import Config
 from bmigrate.common.errors import BmigrateError, DefectError, RefusedError, UnreachableError
+from bmigrate.ship import handshake
 from bmigrate.ship.link import Link, StreamEnded
 from bmigrate.ship.rates import ShipRate
 from bmigrate.ship.record import Record
@@ -38,7 +39,6 @@ MAX_CLAIMS_IN_FLIGHT = 64
 MAX_BYTES_IN_FLIGHT = 16 << 20
 SYNC_BYTES = 4 << 20
 SYNC_SECONDS = 0.5
-WELCOME_SECONDS = 60.0
 ANSWER_SECONDS = 300.0
 _DIGEST_BYTES = {
     FrameType.HASHES: frames.HASH_DIGEST_BYTES,
@@ -65,7 +65,6 @@ class Session:
         self.epoch = 0
         self.session_id = ""
         self.incarnation = ""
-        self._highest_epoch = 0
         self.volumes: list[SourceVolume] = []
         self.standby_suspects: dict[str, str] = {}
         self.on_durable: Callable[[Claim], None] = lambda claim: None
@@ -91,7 +90,7 @@ class Session:
     def open(
         cls,
         config: Config,
-        generation: dict[str, object],
+        generation: dict[str, Any],
         record: Record,
         rate: ShipRate,
         transport: Transport,
@@ -111,100 +110,28 @@ class Session:
         """
         session = cls(config, record, rate)
         try:
-            session._connect_breqd(breqd_socket)
-            session._handshake(generation, transport)
+            session._greet(generation, transport, breqd_socket)
             session._begin(breqd_socket)
         except BaseException:
             session.close()
             raise
         return session
 
-    def _connect_breqd(self, path: Path) -> None:
-        self._tracker = Tracker(path, self.config.workload)
+    def _greet(self, generation: dict[str, Any], transport: Transport, breqd_socket: Path) -> None:
+        self._tracker = Tracker(breqd_socket, self.config.workload)
         snapshot = self._tracker.status()
         self.incarnation = snapshot.incarnation
-        self._highest_epoch = snapshot.highest_epoch
         for volume in self.config.volumes:
-            tracked = snapshot.volumes.get(volume.name)
-            if tracked is None or not tracked.attached:
-                raise RefusedError(
-                    f"breqd does not track volume {volume.name}",
-                    volume=volume.name,
-                    hint="see: systemctl status breqd, and bmigrate status",
-                    reason="not_attached",
-                )
-            source = SourceVolume(volume.name, self.config.device(volume.name), tracked.granule_bytes)
-            self.volumes.append(source)
-            if source.size_bytes != tracked.size_bytes:
-                raise RefusedError(
-                    f"{source.path} has {source.size_bytes} bytes, breqd tracks {tracked.size_bytes}",
-                    volume=volume.name,
-                    hint="a device that was resized must be attached anew: systemctl restart breqd",
-                    reason="size_changed",
-                )
-            if self.record.damaged:
+            self.volumes.append(handshake.open_source(self.config, volume.name, snapshot))
+        if self.record.damaged:
+            for volume in self.config.volumes:
                 self._tracker.suspect(volume.name, "the record of the last acknowledgement is damaged")
-
-    def _handshake(self, generation: dict[str, object], transport: Transport) -> None:
-        peer = self.config.peer.name
-        stream = transport.open(self.config)
-        self._link = Link(stream, peer)
-        last = self.record.last_session()
-        greeting = hello.Hello(
-            workload=self.config.workload,
-            host=self.config.host,
-            generation=hello.Generation(int(str(generation["number"])), str(generation["id"])),
-            boot_id=blockdev.boot_id(),
-            incarnation=self.incarnation,
-            highest_epoch=self._highest_epoch,
-            volumes=[
-                hello.HelloVolume(item.name, item.size_bytes, item.logical_block_size, item.granule_bytes)
-                for item in self.volumes
-            ],
-            last_session=None if last is None else hello.LastSession(last["epoch"], last["session_id"], last["ack"]),
-        )
-        try:
-            self._link.send(FrameType.HELLO, payload=hello.encode(greeting))
-            frame = self._link.receive(WELCOME_SECONDS)
-        except StreamEnded as exc:
-            raise self._last_words() or stream.failure() from exc
-        if frame is None:
-            raise UnreachableError(f"{peer} did not answer within {WELCOME_SECONDS:.0f} s", host=peer, reason="silent")
-        if frame.type is FrameType.ERROR:
-            raise errors.from_dict(hello.decode_error(frame.payload))
-        if frame.type is not FrameType.WELCOME:
-            raise RefusedError(f"{peer} answered HELLO with {frame.type.name}", host=peer, reason="bad_type")
-        try:
-            welcome = hello.decode_welcome(frame.payload)
-        except frames.FrameError as exc:
-            raise RefusedError(f"{peer}: {exc}", host=peer, reason=exc.reason) from exc
-        indexes = {item.name: item for item in welcome.volumes}
-        for source in self.volumes:
-            item = indexes.get(source.name)
-            if item is None or item.size_bytes < source.size_bytes:
-                raise RefusedError(
-                    f"{peer} has no volume {source.name} of at least {source.size_bytes} bytes",
-                    volume=source.name,
-                    host=peer,
-                    reason="too_small",
-                )
-            source.index = item.index
-            if item.suspect:
-                self.standby_suspects[source.name] = item.suspect
+        self._link = Link(transport.open(self.config), self.config.peer.name)
+        greeting = handshake.greeting(self.config, generation, self.record, snapshot, self.volumes)
+        welcome = handshake.shake_hands(self._link, greeting, self.volumes)
         self.epoch, self.session_id = welcome.epoch, welcome.session_id
+        self.standby_suspects = {item.name: item.suspect for item in welcome.volumes if item.suspect}
         self._silence_seconds = welcome.silence_seconds
-        self._link.set_epoch(self.epoch)
-
-    def _last_words(self) -> BmigrateError | None:
-        """An ERROR frame that the receiver managed to send before it closed."""
-        assert self._link is not None
-        try:
-            frame = self._link.receive(1.0)
-        except (StreamEnded, RefusedError):
-            return None
-        if frame is not None and frame.type is FrameType.ERROR:
-            return errors.from_dict(hello.decode_error(frame.payload))
-        return None
 
     def _begin(self, breqd_socket: Path) -> None:
         tracker = self.tracker

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The opening of a session: the source's devices against breqd's view, HELLO, WELCOME.
+
+It changes nothing on this side. What the other side refuses arrives here as its own error, word for
+word; what it answers is checked before anything is believed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bmigrate.common import blockdev, errors
+from bmigrate.common.config import Config
+from bmigrate.common.errors import BmigrateError, RefusedError, UnreachableError
+from bmigrate.ship.link import Link, StreamEnded
+from bmigrate.ship.record import Record
+from bmigrate.ship.source import SourceVolume
+from bmigrate.ship.tracker import Snapshot
+from bmigrate.wire import frames, hello
+from bmigrate.wire.frames import FrameType
+from bmigrate.wire.hello import Welcome
+
+WELCOME_SECONDS = 60.0
+"""hold may have to wait for older receivers to die, and for its own notes to be durable."""
+
+
+def open_source(config: Config, name: str, snapshot: Snapshot) -> SourceVolume:
+    """Open a volume's device for reading, if breqd tracks just this device.
+
+    Raises:
+        RefusedError: reason ``not_attached``, ``device_missing`` or ``size_changed``.
+    """
+    tracked = snapshot.volumes.get(name)
+    if tracked is None or not tracked.attached:
+        raise RefusedError(
+            f"breqd does not track volume {name}",
+            volume=name,
+            hint="see: systemctl status breqd, and bmigrate status",
+            reason="not_attached",
+        )
+    source = SourceVolume(name, config.device(name), tracked.granule_bytes)
+    if source.size_bytes != tracked.size_bytes:
+        source.close()
+        raise RefusedError(
+            f"{source.path} has {source.size_bytes} bytes, breqd tracks {tracked.size_bytes}",
+            volume=name,
+            hint="a device that was resized must be attached anew: systemctl restart breqd",
+            reason="size_changed",
+        )
+    return source
+
+
+def greeting(
+    config: Config, generation: dict[str, Any], record: Record, snapshot: Snapshot, volumes: list[SourceVolume]
+) -> hello.Hello:
+    """What this side says of itself.
+
+    Args:
+        generation: {number, id} of the data here. record: what is remembered of the last session.
+        snapshot: breqd's view. volumes: open.
+    """
+    last = record.last_session()
+    return hello.Hello(
+        workload=config.workload,
+        host=config.host,
+        generation=hello.Generation(int(generation["number"]), str(generation["id"])),
+        boot_id=blockdev.boot_id(),
+        incarnation=snapshot.incarnation,
+        highest_epoch=snapshot.highest_epoch,
+        volumes=[
+            hello.HelloVolume(item.name, item.size_bytes, item.logical_block_size, item.granule_bytes)
+            for item in volumes
+        ],
+        last_session=None if last is None else hello.LastSession(last["epoch"], last["session_id"], last["ack"]),
+    )
+
+
+def shake_hands(link: Link, greet: hello.Hello, volumes: list[SourceVolume]) -> Welcome:
+    """Say HELLO and take WELCOME; sets the index of each volume, and the link's epoch.
+
+    Raises:
+        BmigrateError: the receiver's refusal, or why there is none.
+    """
+    peer = link.host
+    try:
+        link.send(FrameType.HELLO, payload=hello.encode(greet))
+        frame = link.receive(WELCOME_SECONDS)
+    except StreamEnded as exc:
+        raise _last_words(link) or link.stream.failure() from exc
+    if frame is None:
+        raise UnreachableError(f"{peer} did not answer within {WELCOME_SECONDS:.0f} s", host=peer, reason="silent")
+    try:
+        if frame.type is FrameType.ERROR:
+            raise errors.from_dict(hello.decode_error(frame.payload))
+        if frame.type is not FrameType.WELCOME:
+            raise RefusedError(f"{peer} answered HELLO with {frame.type.name}", host=peer, reason="bad_type")
+        welcome = hello.decode_welcome(frame.payload)
+    except frames.FrameError as exc:
+        raise RefusedError(f"{peer}: {exc}", host=peer, reason=exc.reason) from exc
+    offered = {item.name: item for item in welcome.volumes}
+    for source in volumes:
+        item = offered.get(source.name)
+        if item is None or item.size_bytes < source.size_bytes:
+            raise RefusedError(
+                f"{peer} has no volume {source.name} of at least {source.size_bytes} bytes",
+                volume=source.name,
+                host=peer,
+                hint="use a device at least as large as the source's",
+                reason="too_small",
+            )
+        source.index = item.index
+    link.set_epoch(welcome.epoch)
+    return welcome
+
+
+def _last_words(link: Link) -> BmigrateError | None:
+    """An ERROR frame that the receiver managed to send before it closed."""
+    try:
+        frame = link.receive(1.0)
+        if frame is not None and frame.type is FrameType.ERROR:
+            return errors.from_dict(hello.decode_error(frame.payload))
+    except (StreamEnded, RefusedError, frames.FrameError):
+        return None
+    return None
