@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The handshake's payloads: complete and typed, or refused by the field's name."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bmigrate.wire import hello as greeting
+from bmigrate.wire.hello import Hello, HelloError, VersionError
+
+HELLO = Hello("wl", "alpha", greeting.Generation(3, "a" * 32), "b" * 32, "c" * 32,
+              [greeting.HelloVolume("data", 1 << 30, 512, 4096)], greeting.LastSession(4, "d" * 32, 9), 4)
+WELCOME = greeting.Welcome(5, "e" * 32, "beta", "f" * 32, 20.0,
+                           [greeting.WelcomeVolume("data", 0, 1 << 30, 512, "why not")])
+
+
+def test_both_survive_the_way() -> None:
+    assert greeting.decode_hello(greeting.encode(HELLO)) == HELLO
+    assert greeting.decode_hello(HELLO.to_dict()) == HELLO
+    assert greeting.decode_welcome(greeting.encode(WELCOME)) == WELCOME
+    error = {"code": "refused", "message": "no", "reason": "because"}
+    assert greeting.decode_error(greeting.encode(error)) == error
+
+
+def put(fields: dict[str, Any], path: tuple[Any, ...], value: Any) -> bytes:
+    changed = copy.deepcopy(fields)
+    place: Any = changed
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return json.dumps(changed).encode()
+
+
+@pytest.mark.parametrize(("path", "value", "named"), [
+    (("workload",), "../etc", "workload"), (("workload",), "", "workload"), (("workload",), 5, "workload"),
+    (("host",), None, "host"), (("host",), "a b", "host"),
+    (("generation",), 3, "generation"), (("generation", "number"), 0, "number"),
+    (("generation", "number"), True, "number"), (("generation", "id"), "A" * 32, "id"),
+    (("generation", "id"), "a" * 33, "id"),
+    (("volumes",), [], "volumes"), (("volumes",), {}, "volumes"),
+    (("volumes", 0), "data", r"volumes\[0\]"), (("volumes", 0, "size_bytes"), -1, "size_bytes"),
+    (("volumes", 0, "size_bytes"), 1.5, "size_bytes"), (("volumes", 0, "size_bytes"), 1 << 64, "size_bytes"),
+    (("volumes", 0, "logical_block_size"), 0, "logical_block_size"),
+    (("last_session", "ack"), "9", "ack"), (("last_session", "session_id"), "x", "session_id"),
+    (("highest_epoch",), -1, "highest_epoch"), (("surprise",), 1, "surprise"),
+    (("volumes", 0, "surprise"), 1, "surprise"), (("boot_id",), "/dev/sda", "boot_id"),
+])
+def test_a_wrong_field_is_named(path: tuple[Any, ...], value: Any, named: str) -> None:
+    with pytest.raises(HelloError, match=named):
+        greeting.decode_hello(put(HELLO.to_dict(), path, value))
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", True, 1.5])
+def test_another_version_is_told_apart_from_damage(version: Any) -> None:
+    with pytest.raises(VersionError, match="version"):
+        greeting.decode_hello(put(HELLO.to_dict(), ("v",), version))
+    with pytest.raises(VersionError):
+        greeting.decode_welcome(put(WELCOME.to_dict(), ("v",), version))
+
+
+def test_a_volume_named_twice_and_holes_in_the_indexes_are_refused() -> None:
+    volume = HELLO.to_dict()["volumes"][0]
+    with pytest.raises(HelloError, match="twice"):
+        greeting.decode_hello(put(HELLO.to_dict(), ("volumes",), [volume, volume]))
+    with pytest.raises(HelloError, match="index"):
+        greeting.decode_welcome(put(WELCOME.to_dict(), ("volumes", 0, "index"), 1))
+
+
+@pytest.mark.parametrize("payload", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 60000, b"1e999"])
+def test_what_is_no_object_is_refused(payload: bytes) -> None:
+    for decode in (greeting.decode_hello, greeting.decode_welcome, greeting.decode_error):
+        with pytest.raises(HelloError):
+            decode(payload)
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+                    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from([*HELLO.to_dict(), "other"]), JSON))
+def test_any_object_is_decoded_or_refused(fields: dict[str, Any]) -> None:
+    try:
+        decoded = greeting.decode_hello(json.dumps({"v": 1, **fields}).encode())
+    except HelloError:
+        return
+    assert isinstance(decoded.volumes[0].size_bytes, int)
