@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""breceive against senders that are broken: nothing lands, the reason is told, the exit code is the documented one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bmigrate.receive import ackfile
+from bmigrate.wire import frames
+from bmigrate.wire import hello as greeting
+from bmigrate.wire.frames import FrameType
+from tests.unit.standby_host import EDGE, GENERATION, MIB, Sender, StandbyHost, wait
+
+SIZE = 8 * MIB
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandbyHost]:
+    standby = StandbyHost(tmp_path_factory.mktemp("standby"))
+    standby.start()
+    yield standby
+    standby.close()
+
+
+@pytest.fixture(autouse=True)
+def untouched_by_bad_input(host: StandbyHost) -> Iterator[None]:
+    yield
+    for sender in host.senders:
+        sender.close()
+    host.senders.clear()
+
+
+def content(host: StandbyHost) -> bytes:
+    return Path(host.device("data")).read_bytes()
+
+
+def ack(sender: Sender, number: int) -> None:
+    sender.send(FrameType.SYNC, aux=number)
+    frame = sender.receive()
+    assert frame is not None and (frame.type, frame.aux) == (FrameType.ACK, number)
+
+
+def ends_with(sender: Sender, reason: str, code: int = 3) -> None:
+    error = sender.error()
+    assert error["reason"] == reason, error
+    assert error["host"] and error["message"]
+    assert sender.ended() == code
+
+
+def test_data_zeroes_hashes_and_rereads(host: StandbyHost) -> None:
+    sender = host.session()
+    data = os.urandom(3 * MIB)
+    sender.send(FrameType.DATA, offset=MIB, payload=data)
+    sender.send(FrameType.ZERO, offset=2 * MIB, aux=4096)
+    ack(sender, 1)
+    want = bytearray(data)
+    want[MIB:MIB + 4096] = bytes(4096)
+    assert content(host)[MIB:4 * MIB] == bytes(want)
+    sender.send(FrameType.HASH, offset=MIB, aux=3 * MIB - 512, payload=frames.encode_chunk(65536))
+    frame = sender.receive()
+    assert frame is not None and (frame.type, frame.offset, frame.aux) == (FrameType.HASHES, MIB, 3 * MIB - 512)
+    pieces = [want[at:min(at + 65536, 3 * MIB - 512)] for at in range(0, 3 * MIB - 512, 65536)]
+    assert bytes(frame.payload) == b"".join(hashlib.blake2b(piece, digest_size=16).digest() for piece in pieces)
+    sender.send(FrameType.REREAD, payload=frames.encode_extents([(MIB, 3 * MIB), (0, 512)]))
+    frame = sender.receive()
+    assert frame is not None and (frame.type, frame.aux) == (FrameType.DIGESTS, 2)
+    assert bytes(frame.payload) == (hashlib.blake2b(want, digest_size=32).digest()
+                                    + hashlib.blake2b(bytes(512), digest_size=32).digest())
+    sender.send(FrameType.BYE)
+    last = sender.receive()
+    assert last is not None and last.type is FrameType.BYE
+    assert sender.ended() == 0
+
+
+def test_the_end_of_the_stream_between_frames_is_no_error(host: StandbyHost) -> None:
+    sender = host.session()
+    assert sender.process.stdin is not None
+    sender.process.stdin.close()
+    assert sender.ended() == 0
+
+
+def test_out_of_bounds_and_misaligned_frames_end_the_session(host: StandbyHost) -> None:
+    before = content(host)
+    for type_, fields, reason in (
+        (FrameType.DATA, {"offset": SIZE, "payload": b"x" * 512}, "out_of_bounds"),
+        (FrameType.DATA, {"offset": SIZE - 512, "payload": b"x" * 1024}, "out_of_bounds"),
+        (FrameType.DATA, {"offset": 1 << 62, "payload": b"x" * 512}, "out_of_bounds"),
+        (FrameType.DATA, {"offset": 100, "payload": b"x" * 512}, "misaligned"),
+        (FrameType.DATA, {"offset": 0, "payload": b"x" * 100}, "misaligned"),
+        (FrameType.ZERO, {"offset": 0, "aux": SIZE + 512}, "out_of_bounds"),
+        (FrameType.ZERO, {"offset": 0, "aux": 1}, "misaligned"),
+        (FrameType.HASH, {"offset": SIZE - 512, "aux": 1024, "payload": frames.encode_chunk(4096)}, "out_of_bounds"),
+        (FrameType.REREAD, {"payload": frames.encode_extents([(0, 512), (SIZE, 512)])}, "out_of_bounds"),
+        (FrameType.DATA, {"volume": 1, "offset": 0, "payload": b"x" * 512}, "unknown_volume"),
+        (FrameType.RESYNC_DONE, {"volume": 65535}, "unknown_volume"),
+    ):
+        sender = host.session()
+        sender.send(type_, **fields)
+        ends_with(sender, reason)
+    assert content(host) == before
+
+
+def test_the_bounds_are_the_sources_size_not_the_devices(host: StandbyHost) -> None:
+    sender = host.session(volumes=[greeting.HelloVolume("data", MIB, 512, 4096)])
+    sender.send(FrameType.DATA, offset=MIB, payload=b"x" * 512)
+    ends_with(sender, "out_of_bounds")
+
+
+def test_frames_out_of_place(host: StandbyHost) -> None:
+    sender = host.sender()
+    sender.send(FrameType.DATA, offset=0, payload=b"x" * 512)
+    ends_with(sender, "bad_type")
+    sender = host.session()
+    sender.send(FrameType.HELLO, payload=b"{}")
+    ends_with(sender, "bad_type")
+    sender = host.session()
+    ack(sender, 2)
+    sender.send(FrameType.SYNC, aux=2)
+    ends_with(sender, "bad_sequence")
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"epoch": 0}, "bad_epoch"), ({"seq": 9}, "bad_sequence"), ({"seq": 1}, "bad_sequence"),
+    ({"length": frames.MAX_PAYLOAD_BYTES + 512}, "too_long"), ({"payload_crc32": 1}, "bad_payload")])
+def test_an_old_epoch_a_wrong_number_a_long_or_a_damaged_frame(host: StandbyHost, changes: dict[str, int],
+                                                               reason: str) -> None:
+    before = content(host)
+    sender = host.session()
+    data = b"evil" * 128
+    fields = {"epoch": sender.writer.epoch, "seq": 2, "length": 512, "payload_crc32": zlib.crc32(data), **changes}
+    sender.raw(frames.encode_header(FrameType.DATA, volume=0, offset=0, aux=0, **fields) + data)
+    ends_with(sender, reason)
+    assert content(host) == before
+
+
+def test_a_wrong_version_is_told_apart(host: StandbyHost) -> None:
+    sender = host.sender()
+    hello = greeting.Hello("wl", "alpha", GENERATION, "b" * 32, "c" * 32,
+                           [greeting.HelloVolume("data", SIZE, 512, 4096)], v=2)
+    sender.send(FrameType.HELLO, payload=greeting.encode(hello))
+    ends_with(sender, "wrong_version")
+
+
+def test_truncated_in_a_frame(host: StandbyHost) -> None:
+    before = content(host)
+    sender = host.session()
+    header, _ = sender.writer.encode(FrameType.DATA, payload=b"x" * 8192)
+    sender.raw(header + b"x" * 8000)
+    assert sender.process.stdin is not None
+    sender.process.stdin.close()
+    ends_with(sender, "truncated")
+    assert content(host) == before
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(noise=st.binary(min_size=1, max_size=3000), in_session=st.booleans())
+def test_noise_never_lands_and_is_answered(host: StandbyHost, noise: bytes, in_session: bool) -> None:
+    before = content(host)
+    sender = host.session() if in_session else host.sender()
+    sender.raw(noise)
+    assert sender.process.stdin is not None
+    sender.process.stdin.close()
+    error = sender.error()
+    assert error["code"] == "refused" and error["reason"] in (
+        "bad_magic", "truncated", "bad_header"), error
+    assert sender.ended() == 3
+    assert content(host) == before
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_flipped_bits_never_land(host: StandbyHost, data: st.DataObject) -> None:
+    sender = host.session()
+    sender.send(FrameType.ZERO, offset=0, aux=65536)
+    ack(sender, 1)
+    stream = bytearray()
+    for block in range(4):
+        header, payload = sender.writer.encode(FrameType.DATA, offset=block * 4096, payload=b"good" * 1024)
+        stream += header + bytes(payload)
+    for _ in range(data.draw(st.integers(1, 3))):
+        stream[data.draw(st.integers(0, len(stream) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    sender.raw(stream)
+    assert sender.process.stdin is not None
+    sender.process.stdin.close()
+    code = sender.ended()
+    landed = content(host)[:65536]
+    for block in range(16):
+        assert landed[block * 4096:(block + 1) * 4096] in (b"good" * 1024, bytes(4096))
+    # Two flips may undo each other; whoever was accepted as a whole must have landed as a whole.
+    assert code == 3 or landed[:16384] == b"good" * 4096
+
+
+def test_arguments_are_not_negotiable(host: StandbyHost) -> None:
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run([sys.executable, str(EDGE), "breceive", *arguments], stdin=subprocess.DEVNULL,
+                              env={**host.environment, **environment}, capture_output=True, timeout=60, check=False)
+
+    for arguments in ((), ("--workload",), ("--work", "wl"), ("--workload", "../wl"), ("--workload", "wl\n"),
+                      ("--workload", "wl", "/dev/sda"), ("--workload", "wl", "--workload", "other"),
+                      ("--workload", "wl", "--device", "/dev/sda"), ("sh", "-c", "id")):
+        done = run(*arguments)
+        assert done.returncode == 2, (arguments, done)
+        assert not done.stdout
+    asked = run("--workload", "wl", SSH_ORIGINAL_COMMAND="breceive --workload other; id")
+    assert asked.returncode == 4 and b"uid=" not in asked.stdout + asked.stderr
+    assert b"the sender closed the connection before HELLO" in asked.stdout
+
+
+def test_a_failed_flush_is_never_acknowledged_and_never_tried_again(host: StandbyHost) -> None:
+    host.environment["BMIGRATE_FAULTS"] = "receive.fdatasync=error:5@2"
+    try:
+        sender = host.session()
+    finally:
+        del host.environment["BMIGRATE_FAULTS"]
+    sender.send(FrameType.DATA, offset=0, payload=b"one!" * 1024)
+    ack(sender, 1)
+    sender.send(FrameType.DATA, offset=0, payload=b"two!" * 1024)
+    sender.send(FrameType.SYNC, aux=2)
+    sender.send(FrameType.SYNC, aux=3)  # the second flush would succeed; it must not be asked for
+    ends_with(sender, "io_error")
+    assert sender.receive() is None
+
+
+def test_the_note_is_on_disk_before_the_acknowledgement_leaves(tmp_path: Path) -> None:
+    own = StandbyHost(tmp_path)
+    try:
+        own.start()
+        own.environment["BMIGRATE_FAULTS"] = "receive.noted=kill@2"
+        sender = own.session()
+        ack(sender, 1)
+        sender.send(FrameType.SYNC, aux=2)
+        assert sender.receive() is None and sender.ended() == -9
+        noted = ackfile.latest((tmp_path / "state" / "wl" / "receive.ack").read_bytes())
+        assert noted is not None and noted.ack == 2 and noted.generation_id == GENERATION.id
+        # The source never heard of 2: it is behind, which is no reason to suspect.
+        again = own.session(last_session=sender.last_session(1))
+        assert again.welcome is not None and again.welcome.volumes[0].suspect is None
+    finally:
+        own.close()
+
+
+def test_memory_stays_bounded(host: StandbyHost) -> None:
+    sender = host.session()
+    payload = os.urandom(frames.MAX_PAYLOAD_BYTES)
+
+    def resident() -> int:
+        return int(Path(f"/proc/{sender.process.pid}/statm").read_text().split()[1]) * 4096
+
+    sender.send(FrameType.DATA, offset=0, payload=payload)
+    ack(sender, 1)
+    before = resident()
+    for number in range(2, 10):
+        sender.send(FrameType.DATA, offset=(number % 2) * frames.MAX_PAYLOAD_BYTES, payload=payload)
+        sender.send(FrameType.HASH, offset=0, aux=SIZE, payload=frames.encode_chunk(4096))
+        sender.send(FrameType.SYNC, aux=number)
+        for expected in (FrameType.HASHES, FrameType.ACK):
+            frame = sender.receive()
+            assert frame is not None and frame.type is expected
+    assert resident() - before < 8 * MIB
+
+
+def test_fault_points_corrupt_what_lands_and_a_reread_shows_it(host: StandbyHost) -> None:
+    host.environment["BMIGRATE_FAULTS"] = "receive.write=corrupt@1"
+    try:
+        sender = host.session()
+    finally:
+        del host.environment["BMIGRATE_FAULTS"]
+    data = os.urandom(4096)
+    sender.send(FrameType.DATA, offset=0, payload=data)
+    ack(sender, 1)
+    sender.send(FrameType.REREAD, payload=struct.pack("<QQ", 0, 4096))
+    frame = sender.receive()
+    assert frame is not None and bytes(frame.payload) != hashlib.blake2b(data, digest_size=32).digest()
+    wait(lambda: content(host)[:4096] != data, "the damage on the device")
