@@ -69,7 +69,7 @@ class Service:
             if self._stamps.get(path.stem) == stamp:
                 continue
             try:
-                loaded = config.load(path.stem)
+                loaded = _load(path.stem)
                 if path.stem in self.workloads:
                     self.workloads[path.stem].config = loaded
                 else:
@@ -157,3 +157,16 @@ class Service:
         self.tick()
         return {"problems": [error.to_dict() for error in problems],
                 "volumes": [item for workload in self.workloads.values() for item in workload.status_volumes()]}
+
+
+def _load(workload: str) -> config.Config:
+    """A configuration, without the schema while it has the right form: a boot must not wait for its import."""
+    try:
+        loaded = config.load(workload, validated=False)
+        if loaded.workload == workload and loaded.host in loaded.hosts:
+            for item in loaded.volumes:
+                loaded.device(item.name)
+            return loaded
+    except (AttributeError, KeyError, TypeError, ValueError):
+        pass  # of a wrong form: the schema below says where
+    return config.load(workload)
