@@ -57,6 +57,7 @@ class Machine:
         self.content = 0
         self.boots = 0
         self.failing: set[str] = set()
+        self.breaking: set[str] = set()
         self.writing_stranger = False
         self.suspect: str | None = None
         self._power_on()
@@ -116,6 +117,8 @@ class Machine:
 
     def _effect(self, name: str, *details: Any) -> None:
         self.world.tick(self, name, *details)
+        if name in self.breaking:
+            raise OSError(5, f"{name}: Input/output error")
         if name in self.failing:
             raise RefusedError(f"{name} fails on purpose", reason="made_to_fail")
 

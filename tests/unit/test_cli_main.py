@@ -159,7 +159,14 @@ def test_judge_needs_both_hosts_and_answers_a_split_brain_with_its_own_code(
 ) -> None:
     made_primary()
     assert answer(capsys, "handover", "judge", "--workload", "pg")[0] == 2
-    peer: dict[str, Any] = {"host": "beta", "workload": "pg", "role": "primary", "phase": "idle", "history": [], "run_id": None}
+    peer: dict[str, Any] = {
+        "host": "beta",
+        "workload": "pg",
+        "role": "primary",
+        "phase": "idle",
+        "history": [],
+        "run_id": None,
+    }
     code, found = answer(capsys, "handover", "judge", "--workload", "pg", "--peer-facts", json.dumps(peer))
     assert code == 6 and "two primaries" in found["error"]["message"]
 
@@ -189,3 +196,25 @@ def test_an_unexpected_error_is_a_defect_in_the_documented_form(
     monkeypatch.setattr(source, "begin", broken)
     code, found = answer(capsys, "handover", "begin", "--workload", "pg", "--run-id", "r1")
     assert code == 70 and found["error"]["code"] == "defect"
+
+
+def test_a_timer_of_a_run_that_is_over_ends_for_good(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Were it refused (3), systemd would repeat it every two seconds: 6 is one of its good ends."""
+    made_primary()
+    answer(capsys, "handover", "begin", "--workload", "pg", "--run-id", "r2")
+    words = ["handover", "resume", "--workload", "pg", "--run-id", "r1"]
+    assert answer(capsys, *words, "--reason", "dead-man")[0] == 6
+    assert answer(capsys, *words)[0] == 3
+
+
+def test_a_full_disk_is_a_refusal_that_says_what_is_still_true(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_primary()
+
+    def full(item: states.WorkloadState) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(states, "save", full)
+    code, found = answer(capsys, "handover", "begin", "--workload", "pg", "--run-id", "r1")
+    assert code == 3 and found["error"]["reason"] == "os_error" and "No space left" in found["error"]["message"]

@@ -420,7 +420,7 @@ def test_adopt_overwrites_only_when_the_workload_is_named(root: Path, monkeypatc
     item = states.load("pg")
     assert changed and result["overwritten"] == {"data": ["ext4 (blkid)"]}
     assert item is not None and item.role == "standby" and item.generation == {"number": 3, "id": "g3"}
-    assert host.calls[-1] == "hold.hold"
+    assert host.calls == ["hold.hold", "hold.reload"]
     assert roles.adopt(host, SOURCE, None, SOURCE["volumes"])[1] is False
 
 
@@ -583,3 +583,63 @@ def test_the_predicted_downtime_is_drain_plus_what_the_last_handover_took() -> N
     found = preflight.predict(config_of("alpha"), source)
     assert found["downtime_seconds"] == 5.5 and found["measured"]
     assert preflight.predict(config_of("alpha"), None)["downtime_seconds"] is None
+
+
+def test_a_standby_of_another_generation_is_not_adopted_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = FirstRole("beta", GOOD, [], monkeypatch)
+    roles.adopt(host, SOURCE, None, SOURCE["volumes"])
+    with pytest.raises(RefusedError) as caught:
+        roles.adopt(host, {**SOURCE, "id": "other"}, "pg", SOURCE["volumes"])
+    assert caught.value.reason == "wrong_generation" and "forked" in caught.value.message
+
+
+# -- the dead-man timer -----------------------------------------------------------------------------
+
+
+class Commands(Host):
+    """A host whose commands are recorded; ``armed`` is the run id of the timer that waits."""
+
+    def __init__(self, armed: str | None) -> None:
+        super().__init__(config_of("alpha"))
+        self.armed = armed
+        self.argvs: list[list[str]] = []
+
+    def attempt(self, argv: Any, timeout_seconds: float = 1.0) -> tuple[int, str]:
+        words = list(argv)
+        self.argvs.append(words)
+        if words[0] == "systemd-run":
+            self.armed = words[words.index("--run-id") + 1]
+        elif words[:2] == ["systemctl", "stop"]:
+            self.armed = None
+        elif words[:2] == ["systemctl", "is-active"]:
+            return (0 if self.armed else 3), ""
+        elif words[:2] == ["systemctl", "show"]:
+            return 0, f"ExecStart={{ argv[]=bmigrate handover resume --run-id {self.armed} ; }}"
+        return 0, ""
+
+
+def test_the_timer_names_the_run_and_repeats_until_it_is_done() -> None:
+    host = Commands(None)
+    host.arm_dead_man("r1", 90.0)
+    argv = next(words for words in host.argvs if words[0] == "systemd-run")
+    assert "--on-active=90.000" in argv and "--timer-property=AccuracySec=100ms" in argv
+    assert "--unit=bmigrate-deadman-pg" in argv and "--property=SuccessExitStatus=6 7" in argv
+    assert argv[argv.index("handover") :] == [
+        "handover", "resume", "--workload", "pg", "--run-id", "r1", "--reason", "dead-man", "--json"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("armed", "new"), [("r1", 0), ("r0", 1)])
+def test_a_timer_of_this_run_is_kept_and_one_of_another_replaced(armed: str, new: int) -> None:
+    host = Commands(armed)
+    host.arm_dead_man("r1", 90.0)
+    assert sum(words[0] == "systemd-run" for words in host.argvs) == new
+    assert host.armed == "r1"
+
+
+def test_a_timer_that_does_not_start_stops_the_quiesce(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Commands(None)
+    monkeypatch.setattr(Host, "dead_man_armed", lambda self: False)
+    with pytest.raises(RefusedError) as caught:
+        host.arm_dead_man("r1", 90.0)
+    assert "dead-man" in caught.value.message

@@ -235,6 +235,15 @@ def test_a_quiesce_that_fails_puts_everything_back_by_itself(world: World, faili
     assert world.alpha.content == world.last_written == 2
 
 
+def test_a_flush_that_fails_puts_the_workload_back(world: World) -> None:
+    world.go_on(RUN)
+    world.alpha.breaking = {"flush"}
+    with pytest.raises(RolledBackError) as caught:
+        world.step(world.alpha, "quiesce", RUN)
+    assert "Input/output error" in caught.value.message
+    assert world.alpha.running and not world.alpha.held
+
+
 def test_a_raw_writer_keeps_the_source_from_quiescing(world: World) -> None:
     world.go_on(RUN)
     world.alpha.writing_stranger = True

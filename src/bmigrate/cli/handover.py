@@ -48,6 +48,8 @@ phase: idle, begun, quiesced, drained, committed, resuming; prepared, promoting,
 
 READING = ("discover", "preflight", "judge")
 STEPS = ("begin", "converge", "quiesce", "drain", "commit", "resume", "prepare", "promote", "start", "finish", "cancel")
+#: The reason that the timer gives.
+DEAD_MAN = "dead-man"
 #: Wait for another command on the same workload, seconds.
 LOCK_SECONDS = 60.0
 
@@ -89,14 +91,27 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{arguments.step} needs --run-id", hint="see: bmigrate handover --help", reason="usage")
     host = Host(config)
     preempt = arguments.run_id if arguments.step == "resume" else None
-    with opened(arguments.workload, wait_seconds=LOCK_SECONDS, preempt_for=preempt) as store:
-        earlier = machine.recorded(store.state, arguments.step, arguments.run_id)
-        if earlier is not None:
-            result, changed = earlier, False
-        else:
-            machine.check(store.state, arguments.step, arguments.run_id, arguments.expect)
-            result, changed = _act(arguments, store, host), True
-        answer = _answer(store, arguments.step, result)
+    try:
+        with opened(arguments.workload, wait_seconds=LOCK_SECONDS, preempt_for=preempt) as store:
+            earlier = machine.recorded(store.state, arguments.step, arguments.run_id)
+            if earlier is not None:
+                result, changed = earlier, False
+            else:
+                machine.check(store.state, arguments.step, arguments.run_id, arguments.expect)
+                result, changed = _act(arguments, store, host), True
+            answer = _answer(store, arguments.step, result)
+    except OSError as exc:
+        raise RefusedError(
+            f"{arguments.step} stopped at: {exc}",
+            host=config.host,
+            hint="what the state file says is still true; correct the cause and repeat the step",
+            reason="os_error",
+        ) from exc
+    except RefusedError as error:
+        if arguments.reason == DEAD_MAN and error.reason == "handover_open":
+            # Its own handover is over, so its work is done; as a refusal systemd would repeat it for ever.
+            raise PhaseError(error.message, host=error.host, reason="run_over") from error
+        raise
     return _report(arguments, answer, changed)
 
 

@@ -45,7 +45,7 @@ def boot(store: Store, host: Host) -> Fields:
         host.clear_marker()
         return result
     problems: list[str] = result["problems"]
-    _look_at_tracking(host, problems)
+    _track(host, problems)
     if action == "resume":
         run_id = str((store.state.handover or {})["run_id"])
         result["resume"] = source.resume(store, host, run_id, "boot")
@@ -57,8 +57,12 @@ def boot(store: Store, host: Host) -> Fields:
     return result
 
 
-def _look_at_tracking(host: Host, problems: list[str]) -> None:
-    """Say so when the workload starts untracked: its volumes are suspect then, the service comes first."""
+def _track(host: Host, problems: list[str]) -> None:
+    """Have every volume tracked before the workload starts; where that fails it starts all the same.
+
+    breqd attaches a primary's volumes by itself, but not those of a promotion that was cut short.
+    A volume that is written untracked becomes suspect, which costs a comparison; the service comes first.
+    """
     try:
         status = host.breqd("status", workload=host.workload)
     except BmigrateError as error:
@@ -66,5 +70,9 @@ def _look_at_tracking(host: Host, problems: list[str]) -> None:
         return
     attached = {entry["volume"] for entry in status.get("volumes", []) if entry.get("attached")}
     for volume in host.config.volumes:
-        if volume.name not in attached:
-            problems.append(f"volume {volume.name} is not tracked: writes are missed and it becomes suspect")
+        if volume.name in attached:
+            continue
+        try:
+            host.breqd("attach", workload=host.workload, volume=volume.name, mode="resume")
+        except BmigrateError as error:
+            problems.append(f"volume {volume.name} is not tracked and becomes suspect: {error}")

@@ -73,6 +73,7 @@ class Host:
                 stderr=subprocess.STDOUT,
                 timeout=timeout_seconds,
                 check=False,
+                env=dict(os.environ, LC_ALL="C", PATH=os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"),
             )
         except subprocess.TimeoutExpired:
             return 124, f"not done after {timeout_seconds:.0f} seconds"
@@ -90,7 +91,11 @@ class Host:
         """
         unit = names.dead_man_unit(self.workload)
         if self.dead_man_armed():
-            return
+            command = self.attempt(["systemctl", "show", "--property=ExecStart", f"{unit}.service"])[1]
+            if run_id in command.split():
+                return
+            # One that an earlier run left would put nothing back for this one.
+            self.disarm_dead_man()
         self.attempt(["systemctl", "reset-failed", f"{unit}.service", f"{unit}.timer"])
         self.run(
             [

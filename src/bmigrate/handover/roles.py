@@ -42,7 +42,7 @@ def init(host: Host) -> tuple[Fields, bool]:
             item.role, item.generation, item.history, item.shipping = "primary", first, [first], True
             # The role before the tracking: breqd attaches by role again after its own restart.
             states.save(item)
-        tracked = [attach_seed(host, volume.name) for volume in host.config.volumes]
+        tracked = [attach(host, volume.name, "seed" if changed else "resume") for volume in host.config.volumes]
         host.set_marker()
         problems = reload_shipper(host)
         return (
@@ -51,14 +51,11 @@ def init(host: Host) -> tuple[Fields, bool]:
         )
 
 
-def attach_seed(host: Host, volume: str) -> Fields:
-    """Have breqd track a volume, all dirty if it does not track it yet."""
-    known = {entry["volume"]: entry for entry in host.breqd("status", workload=host.workload).get("volumes", [])}
-    entry = known.get(volume)
-    if entry and entry.get("attached"):
-        return {"volume": volume, "attached_now": False, "suspect": entry.get("suspect")}
-    answer = host.breqd("attach", workload=host.workload, volume=volume, mode="seed")
-    return {"volume": volume, "attached_now": True, "suspect": answer.get("suspect")}
+def attach(host: Host, volume: str, mode: str) -> Fields:
+    """Have breqd track a volume: ``seed`` makes every block dirty, ``resume`` goes on where it was."""
+    answer = host.breqd("attach", workload=host.workload, volume=volume, mode=mode)
+    changed = bool(answer.get("changed", True))
+    return {"volume": volume, "attached_now": changed, "suspect": answer.get("suspect")}
 
 
 def reload_shipper(host: Host) -> list[str]:
@@ -100,31 +97,29 @@ def adopt(
                 reason="wrong_role",
             )
         changed, found = False, {}
-        if item.role == "standby":
+        if item.role == "standby" and not machine.same(item.generation, generation):
             fork = machine.fork_of(item.history, history)
-            if fork and overwrite is None:
-                raise RefusedError(
-                    f"the histories of workload {host.workload} have forked: {fork}",
-                    hint=f"if this host's copy may be thrown away, repeat with --overwrite {host.workload}",
-                    reason="wrong_generation",
-                )
-        if item.role == "none" or (item.generation != generation and item.handover is None):
+            raise RefusedError(
+                f"this host is standby of another generation of workload {host.workload}"
+                + (f", and the histories have forked: {fork}" if fork else ""),
+                hint="what the primary has still to ship was counted against another copy; bringing a host back "
+                "that missed a generation is not supported yet",
+                reason="wrong_generation",
+            )
+        if item.role == "none":
             for volume in host.config.volumes:
+                refuse_device(host, volume.name)
                 refuse_geometry(host, volume.name, peer)
-                if item.role == "none":
-                    refuse_device(host, volume.name)
-                    refuse_used(host, volume.name)
-                    found[volume.name] = probe.contents(host.config.device(volume.name), host.attempt)
-                    if found[volume.name] and overwrite is None:
-                        raise RefusedError(
-                            f"device {host.config.device(volume.name)} is not empty: {'; '.join(found[volume.name])}",
-                            volume=volume.name,
-                            hint=(
-                                f"if all of it may be overwritten: --overwrite {host.workload} "
-                                f"(failover and sync: -e bmigrate_overwrite={host.workload})"
-                            ),
-                            reason="foreign_data",
-                        )
+                refuse_used(host, volume.name)
+                found[volume.name] = probe.contents(host.config.device(volume.name), host.attempt)
+                if found[volume.name] and overwrite is None:
+                    raise RefusedError(
+                        f"device {host.config.device(volume.name)} is not empty: {'; '.join(found[volume.name])}",
+                        volume=volume.name,
+                        hint=f"if all of it may be overwritten: --overwrite {host.workload} "
+                        f"(sync.yml: -e bmigrate_overwrite={host.workload})",
+                        reason="foreign_data",
+                    )
             item.role, item.generation, item.history = "standby", generation, history
             item.shipping, item.demoted, item.candidate = False, None, None
             # The role before the hold: a reboot in between must find a standby, whose devices are held.
@@ -133,8 +128,8 @@ def adopt(
         for volume in host.config.volumes:
             atomic.unlink_durably(paths.clean_flag(host.workload, volume.name))
         host.clear_marker()
-        host.settle_devices(wait=False)
         host.hold("hold", workload=host.workload)
+        host.hold("reload")
         return {"generation": generation, "overwritten": found}, changed
 
 

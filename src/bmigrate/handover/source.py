@@ -9,7 +9,7 @@ starts the workload again. No step may act before the state that permits the act
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from bmigrate.common import faults
 from bmigrate.common.errors import (
@@ -102,6 +102,8 @@ def quiesce(store: Store, host: Host, run_id: str) -> Fields:
             _refuse_writers(host)
     except BmigrateError as error:
         _back_out(store, host, run_id, error)
+    except OSError as exc:  # a flush that fails is the usual one: then nothing may leave this host
+        _back_out(store, host, run_id, RefusedError(f"a device or file failed: {exc}", reason="os_error"))
     faults.point("handover.quiesce.held")
     result = watch.result(
         stopped_at=stopped_at,
@@ -134,7 +136,7 @@ def _refuse_writers(host: Host) -> None:
             )
 
 
-def _back_out(store: Store, host: Host, run_id: str, error: BmigrateError) -> None:
+def _back_out(store: Store, host: Host, run_id: str, error: BmigrateError) -> NoReturn:
     """Resume because of an error, and say both; the dead-man timer stays when even that fails."""
     resume(store, host, run_id, error.reason or error.code)
     raise RolledBackError(
@@ -299,9 +301,9 @@ def finish(store: Store, host: Host, run_id: str) -> Fields:
             if error.reason != "not_attached":
                 tolerate(problems, error)
     store.save(machine.finish(store.state, run_id, watch.result(problems=problems)))
-    for action in (lambda: host.ship("reload"), lambda: host.settle_devices(wait=False)):
+    for daemon in (host.ship, host.hold):
         try:
-            action()
+            daemon("reload")
         except BmigrateError as error:
-            tolerate(problems, error)
+            tolerate(problems, error)  # both look at the role by themselves now and then
     return watch.result(problems=problems)
