@@ -260,7 +260,7 @@ def run_daemon(kernel: str) -> int:
     def fact(name: str) -> Any:
         return json.loads(facts.read_text())[name]
 
-    def counters(_path: Any) -> blockdev.WriteCounters:
+    def counters(path: Any) -> blockdev.WriteCounters:
         return blockdev.WriteCounters(**fact("counters"))
 
     blockdev.device_number = lambda path: os.stat(path).st_ino % 1000
@@ -291,7 +291,7 @@ class Host:
         for name in ("ETC", "STATE", "RUN"):
             (root / name.lower()).mkdir()
             self.env["BMIGRATE_" + name] = str(root / name.lower())
-        self.facts = {
+        self.facts: dict[str, Any] = {
             "boot_id": "boot-1",
             "serial": "s1",
             "counters": {"writes": 0, "sectors_written": 0, "discards": 0, "sectors_discarded": 0, "counted": True},
