@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNNER = """
@@ -58,20 +58,20 @@ class Programs:
         path.write_text(FAKE.format(python=sys.executable))
         path.chmod(0o755)
 
-    def calls(self) -> List[List[str]]:
+    def calls(self) -> list[list[str]]:
         """Every call so far, program name first."""
         log = self.folder / "calls"
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def envelope(data: Any = None, changed: bool = False, error: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+def envelope(data: Any = None, changed: bool = False, error: dict[str, Any] | None = None) -> dict[str, Any]:
     """What a program of ours prints."""
     return {"schema": 1, "ok": error is None, "changed": changed, "workload": "w", "data": data, "error": error}
 
 
 def run_module(
-    name: str, arguments: Dict[str, Any], programs: Optional[Programs] = None, check: bool = False, diff: bool = False
-) -> Dict[str, Any]:
+    name: str, arguments: dict[str, Any], programs: Programs | None = None, check: bool = False, diff: bool = False
+) -> dict[str, Any]:
     """Run library/NAME.py and return its answer.
 
     Args:
@@ -90,7 +90,7 @@ def run_module(
         check=False,
     )
     assert done.stdout.strip(), f"{name} answered nothing: {done.stderr}"
-    answer: Dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return answer
 
 

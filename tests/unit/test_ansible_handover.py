@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import pytest
 
@@ -18,7 +18,7 @@ def programs(tmp_path: Path) -> Programs:
     return Programs(tmp_path / "bin")
 
 
-def step(programs: Programs, name: str, check: bool = False, **options: Any) -> Dict[str, Any]:
+def step(programs: Programs, name: str, check: bool = False, **options: Any) -> dict[str, Any]:
     words = {"step": name, "workload": "w", "run_id": "r1", **options}
     return run_module("bmigrate_handover", words, programs, check=check)
 
@@ -49,7 +49,7 @@ CASES = [
 
 @pytest.mark.parametrize("name, options, words", CASES)
 def test_a_step_is_one_call_with_the_documented_words(
-    programs: Programs, name: str, options: Dict[str, Any], words: List[str]
+    programs: Programs, name: str, options: dict[str, Any], words: list[str]
 ) -> None:
     programs.add("bmigrate", ["handover", 0, envelope({"phase": "p"}, changed=True)])
     answer = step(programs, name, **options)
@@ -160,7 +160,7 @@ def test_a_first_role_is_given_once(programs: Programs, name: str, role: str) ->
     assert [call[1] for call in programs.calls()[before:]] == ["handover"]
 
 
-def ship_status(state: str) -> List[Any]:
+def ship_status(state: str) -> list[Any]:
     return ["status", 0, envelope({"workloads": [{"workload": "w", "ship": {"state": state}}]})]
 
 

@@ -7,7 +7,8 @@ with nothing but what the two hosts recorded. The rules of the states are those 
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional
+from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -22,33 +23,33 @@ HOSTS = ["alpha", "beta"]
 FIRST = {"number": 1, "id": "1" * 32}
 
 
-def fresh() -> Dict[str, WorkloadState]:
+def fresh() -> dict[str, WorkloadState]:
     """Alpha is primary of generation 1, beta its standby."""
     made = {name: WorkloadState("w", name, generation=dict(FIRST), history=[dict(FIRST)]) for name in HOSTS}
     made["alpha"].role, made["alpha"].shipping, made["beta"].role = "primary", True, "standby"
     return made
 
 
-def report(state: Optional[WorkloadState], **facts: Any) -> Dict[str, Any]:
+def report(state: WorkloadState | None, **facts: Any) -> dict[str, Any]:
     """What bmigrate_facts registers for a host in this state."""
     told = {"state": state.to_dict() if state else None, "volumes": {}}
     entry = {"configured": True, "discover": told, "error": None, **facts}
     return {"ansible_facts": {"bmigrate": {"installed": True, "workloads": {"w": entry}}}}
 
 
-def reports(states: Dict[str, WorkloadState]) -> Dict[str, Any]:
+def reports(states: dict[str, WorkloadState]) -> dict[str, Any]:
     return {name: report(state) for name, state in states.items()}
 
 
-def plan(states: Dict[str, WorkloadState], **words: Any) -> Dict[str, Any]:
-    answer: Dict[str, Any] = plans.decide("w", HOSTS, reports(states), **words)
+def plan(states: dict[str, WorkloadState], **words: Any) -> dict[str, Any]:
+    answer: dict[str, Any] = plans.decide("w", HOSTS, reports(states), **words)
     return answer
 
 
 class Controller:
     """One run of failover.yml: at most ``budget`` changes before it is killed."""
 
-    def __init__(self, states: Dict[str, WorkloadState], budget: int) -> None:
+    def __init__(self, states: dict[str, WorkloadState], budget: int) -> None:
         self.states, self.budget = states, budget
         self.plan = plan(states)
         self.known = dict(self.plan["known"])
@@ -57,12 +58,12 @@ class Controller:
         """Do what the plan says; False when killed on the way."""
         assert self.plan["blockers"] == []
         source, target = self.plan["source"], self.plan["target"]
-        work = []
+        work: list[Any] = []
         if "resume" in self.plan["undo"]:
             work.append(lambda: self.resume(source, self.plan["undo"]["resume"]))
         if "cancel" in self.plan["undo"]:
             work.append(lambda: self.cancel(source, target, self.plan["undo"]["cancel"]))
-        work += [lambda step=step: self.step(step, source, target) for step in self.plan["steps"]]
+        work += [partial(self.step, step, source, target) for step in self.plan["steps"]]
         for action in work:
             if self.budget == 0:
                 return False
@@ -111,7 +112,7 @@ class Controller:
         self.states[target] = machine.cancel(self.states[target], run, self.states[source].abandoned, {})
 
 
-def dead_man(states: Dict[str, WorkloadState], halfway: bool) -> None:
+def dead_man(states: dict[str, WorkloadState], halfway: bool) -> None:
     """The timer on the source fires: it puts the workload back unless the commit has happened."""
     for name, state in states.items():
         if state.handover and state.handover["side"] == "source" and state.demoted is None:
@@ -121,7 +122,7 @@ def dead_man(states: Dict[str, WorkloadState], halfway: bool) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.sampled_from(["", "dead-man", "dead-man killed"])), max_size=6))
-def test_however_often_it_is_killed_the_last_run_finishes(kills: List[Any]) -> None:
+def test_however_often_it_is_killed_the_last_run_finishes(kills: list[Any]) -> None:
     states = fresh()
     for budget, timer in kills:
         Controller(states, budget).run()
@@ -169,7 +170,7 @@ def test_an_unreachable_host_is_a_blocker_with_the_reason() -> None:
         ({"workloads": {"w": {"configured": True, "error": "state.json is damaged"}}}, "state.json is damaged"),
     ],
 )
-def test_a_host_that_cannot_tell_its_role_is_a_blocker(facts: Dict[str, Any], words: str) -> None:
+def test_a_host_that_cannot_tell_its_role_is_a_blocker(facts: dict[str, Any], words: str) -> None:
     told = reports(fresh())
     told["beta"]["ansible_facts"]["bmigrate"].update(facts)
     answer = plans.decide("w", HOSTS, told)
@@ -198,7 +199,7 @@ def test_two_open_runs_are_refused() -> None:
 
 
 def test_sync_needs_to_be_told_the_first_primary_by_name() -> None:
-    empty: Dict[str, Any] = {name: report(None) for name in HOSTS}
+    empty: dict[str, Any] = {name: report(None) for name in HOSTS}
     blocked = plans.decide("w", HOSTS, empty, "sync")
     assert "bmigrate_initial_primary" in blocked["blockers"][0] and not blocked["init"] and not blocked["adopt"]
     wrong = plans.decide("w", HOSTS, empty, "sync", "gamma")

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Runs the shipped playbooks against the lab as an operator does, and reads what a host is like."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lab import Lab
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = Path(sys.executable).parent
+LIMIT_SECONDS = 1500
+
+# Everything that a playbook in check mode must leave as it is, as one digest per part. Times of access are not in it.
+FINGERPRINT = r"""
+set -u
+digest() { sha256sum | cut -c1-32; }
+tree() {
+    find "$@" -xdev \( -type f -o -type l \) -not -name '*.pyc' -not -path '*/.ansible/*' \
+        -printf '%p %s %m %U %G %T@ %l\n' | sort
+}
+for part in /etc /usr /lib/modules /var/lib/bmigrate ~root; do
+    [ -e $part ] && echo "tree:$part $(tree $part 2>&1 | digest)"
+done
+echo "state $(cat /var/lib/bmigrate/*/state.json 2>/dev/null | digest)"
+echo "units $(systemctl list-units --all --no-legend --plain 'bmigrate*' 'breqd*' '*.mount' 'postgresql*' \
+    | awk '{print $1, $2, $3, $4}' | digest)"
+echo "enabled $(systemctl list-unit-files --no-legend 'bmigrate*' 'breqd*' 'postgresql*' | digest)"
+echo "modules $(lsmod | awk '{print $1}' | sort | digest)"
+echo "mounts $(findmnt --raw --noheadings --output SOURCE,TARGET,FSTYPE | grep -v /run/user | digest)"
+"""
+DISKS = r"""
+for disk in /dev/disk/by-id/virtio-bm-*; do
+    case $disk in *-root-*) continue;; esac
+    echo "$disk $(sha256sum < $disk | cut -c1-32)"
+done
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished ansible-playbook."""
+
+    returncode: int
+    output: str
+
+    def recap(self, host: str) -> dict[str, int]:
+        """The line of a host in the recap."""
+        (line,) = re.findall(rf"^{host}\s+:\s+(.*)$", self.output, re.MULTILINE)
+        return {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", line)}
+
+
+def environment(lab: Lab) -> dict[str, str]:
+    """What the tools of the venv need to find each other and the lab."""
+    return {
+        **os.environ,
+        "BMIGRATE_LAB": lab.name,
+        "PATH": f"{TOOLS}{os.pathsep}{os.environ.get('PATH', '')}",
+        "ANSIBLE_NOCOLOR": "1",
+        "ANSIBLE_FORCE_COLOR": "0",
+    }
+
+
+def play(lab: Lab, name: str, *words: str, **extra: Any) -> Run:
+    """``ansible-playbook NAME`` from the root of the repository.
+
+    Args:
+        words: further words of the command line. extra: extra-vars; given as JSON, so that types stay.
+    """
+    argv = [str(TOOLS / "ansible-playbook"), name, *words]
+    if extra:
+        argv += ["-e", json.dumps(extra)]
+    done = subprocess.run(
+        argv,
+        cwd=ROOT,
+        env=environment(lab),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
+    )
+    return Run(done.returncode, done.stdout)
+
+
+def fingerprint(lab: Lab, host: str, disks: bool = True) -> dict[str, str]:
+    """One digest per part of a host: files, durable state, units, loaded modules, mounts, data disks."""
+    script = FINGERPRINT + (DISKS if disks else "")
+    lines = lab.ssh(host, script, timeout=600).stdout.splitlines()
+    return dict(line.rsplit(" ", 1) for line in lines)
