@@ -161,7 +161,8 @@ class Rig:
     def deploy(self, *arguments: str) -> None:
         """Install on both hosts and bring the fault workload in step, by the shipped playbooks."""
         self.playbook("install.yml", *arguments)
-        self.playbook("sync.yml", "-e", f"bmigrate_workload={WORKLOAD}", *arguments)
+        first = ["-e", f"bmigrate_initial_primary={HOSTS[0]}"]  # heeded only while no host has a role
+        self.playbook("sync.yml", "-e", f"bmigrate_workload={WORKLOAD}", *first, *arguments)
         self.find_volume()
         self.wait_in_step()
 
