@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A handover that is hit at every phase: the service comes back, nothing is lost, and one host at most has it.
+
+A client writes to PostgreSQL all along and is told nothing. Before the commit the service is back on
+the source within max_downtime, by the playbook or, when that is dead, by the timer on the source;
+running failover.yml again finishes the job. A watcher in each guest samples the mounts ten times a
+second. The client's log is compared with the database at the end of every case.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from demo import ledger
+from demo.client_process import ClientProcess
+from demo.cluster import Cluster
+from lab import Lab, LabError, wait
+from lab.disks import disk_by_number
+from tests.ansible.controller import Controller
+from tests.ansible.mounts import MountWatch
+from tests.ansible.playbooks import play
+
+pytestmark = [pytest.mark.ansible, pytest.mark.timeout(1500)]
+
+WORKLOAD = "pgdemo"
+MAX_DOWNTIME_SECONDS = 60
+SERVICE = "postgresql@15-main.service"
+
+BEFORE_COMMIT = {
+    "begin": "Open the handover on the source",
+    "converge": "Wait until the drain will be short",
+    "quiesce": "Stop the workload on the source and hold its devices",
+    "drain": "Ship what is left",
+    "prepare": "Let the target note the candidate",
+}
+FROM_COMMIT = {
+    "commit": "Commit on the source",
+    "promote": "Promote the target",
+    "start": "Start the workload on the target",
+    "finish source": "Make the source a standby of the new generation",
+    "finish target": "Let the target ship back",
+}
+
+
+class Service:
+    """The demo workload with a client on it, for all cases of this file."""
+
+    def __init__(self, lab: Lab, directory: Path) -> None:
+        self.lab = lab
+        self.directory = directory
+        self.cluster = Cluster(lab)
+        self.watch = MountWatch(lab, {name: disk_by_number(1).guest_path(name) for name in lab.vms})
+        self.clients = 0
+        self.next_id = 1
+        self.events: list[dict[str, object]] = []
+
+    def role(self, host: str) -> str:
+        """The durable role of a host, read past all programs."""
+        text = self.lab.ssh(host, f"cat /var/lib/bmigrate/{WORKLOAD}/state.json", check=False).stdout
+        return str(json.loads(text)["role"]) if text else "none"
+
+    def primary(self) -> str:
+        """The one host whose durable role is primary."""
+        (found,) = [name for name in self.lab.vms if self.role(name) == "primary"]
+        return found
+
+    def other(self, host: str) -> str:
+        """The peer of a host."""
+        return next(name for name in self.lab.vms if name != host)
+
+    def deploy(self) -> None:
+        """PostgreSQL on the primary's volume, installed, synced, with a short max_downtime."""
+        if "none" in {self.role(name) for name in self.lab.vms}:
+            probe = self.lab.ssh("alpha", f"blkid -p {disk_by_number(1).guest_path('alpha')}", check=False)
+            if probe.returncode == 2:
+                self.cluster.settle("alpha")
+        for name, extra in (("install.yml", {}), ("sync.yml", {"bmigrate_initial_primary": "alpha"})):
+            run = play(self.lab, name, bmigrate_workload=WORKLOAD if name == "sync.yml" else "", **extra)
+            assert run.returncode == 0, run.output[-6000:]
+        for host in self.lab.vms:
+            edit = f"s/max_downtime_seconds: .*/max_downtime_seconds: {MAX_DOWNTIME_SECONDS}/"
+            path = f"/etc/bmigrate/{WORKLOAD}.yml"
+            self.lab.ssh(
+                host, f"sed -i '{edit}' {path}; grep -q 'max_downtime_seconds: {MAX_DOWNTIME_SECONDS}$' {path}"
+            )
+        primary = self.primary()
+        self.lab.ssh(primary, f"systemctl start {SERVICE}", timeout=300)
+        if "ledger" not in self.cluster.sql(primary, "select datname from pg_database").split():
+            self.cluster.create_ledger(primary)
+        else:
+            self.cluster.sql(primary, f"alter role ledger password '{self.cluster.password}'")
+            self.next_id = max([0, *self.cluster.rows(primary)]) + 1
+        for host in self.lab.vms:
+            self.watch.start(host)
+
+    def client(self) -> ClientProcess:
+        """A client whose numbers go on where the last one's ended."""
+        self.clients += 1
+        return ClientProcess(self.cluster.conninfo(), self.directory / f"client-{self.clients}", self.next_id)
+
+    def judge(self, client: ClientProcess) -> list[ledger.Outage]:
+        """End the client; nothing that was acknowledged to any client may be missing. Returns its outages."""
+        client.stop()
+        events = client.events()
+        self.events += events
+        self.next_id = max(event["id"] for event in events) + 1
+        assert ledger.missing(self.events, self.cluster.rows(self.primary())) == []
+        return ledger.outages(events)
+
+    def wait_in_step(self) -> None:
+        """Until the replica is in step, whatever was hit before."""
+        run = play(self.lab, "sync.yml", bmigrate_workload=WORKLOAD)
+        assert run.returncode == 0, run.output[-6000:]
+
+    def failover(self, log: Path) -> Controller:
+        """Start failover.yml."""
+        return Controller(self.lab, log, "failover.yml", bmigrate_confirm=WORKLOAD, bmigrate_report_directory="")
+
+    def finish_the_handover(self, source: str, log: Path) -> None:
+        """Run failover.yml once more; the other host must be primary then, and this one its standby."""
+        again = self.failover(log)
+        assert again.finish() == 0, again.output()[-6000:]
+        assert self.primary() == self.other(source)
+        assert self.role(source) == "standby"
+
+
+@pytest.fixture(scope="module")
+def service(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    made = Service(lab, tmp_path_factory.mktemp("clients"))
+    made.deploy()
+    yield made
+    for host in lab.vms:
+        assert made.watch.collect(host) > 0
+        assert made.watch.spans_of(host), f"{host} never had the volume mounted: nothing was shown"
+    assert made.watch.overlaps() == []
+
+
+@pytest.mark.parametrize("phase", BEFORE_COMMIT)
+def test_a_controller_killed_before_the_commit_leaves_the_service_on_the_source(
+    service: Service, tmp_path: Path, phase: str
+) -> None:
+    source = service.primary()
+    with service.client() as client:
+        client.wait_for_commits(20)
+        controller = service.failover(tmp_path / "killed.log")
+        controller.wait_for_task(BEFORE_COMMIT[phase])
+        if phase not in ("begin", "converge"):
+            wait(lambda: bool(ledger.outages(client.events())), 120, "the client to be refused", 0.05)
+        controller.kill()
+        client.wait_for_commits(20, limit_seconds=MAX_DOWNTIME_SECONDS + 240)
+        assert service.primary() == source
+        outages = service.judge(client)
+    downtimes = [outage.downtime_seconds for outage in outages]
+    assert all(seconds is not None and seconds <= MAX_DOWNTIME_SECONDS for seconds in downtimes), downtimes
+    with service.client() as client:
+        service.finish_the_handover(source, tmp_path / "again.log")
+        client.wait_for_commits(20)
+        service.judge(client)
+
+
+@pytest.mark.parametrize("phase", FROM_COMMIT)
+def test_a_controller_killed_from_the_commit_on_is_finished_by_running_it_again(
+    service: Service, tmp_path: Path, phase: str
+) -> None:
+    source = service.primary()
+    with service.client() as client:
+        client.wait_for_commits(20)
+        controller = service.failover(tmp_path / "killed.log")
+        controller.wait_for_task(FROM_COMMIT[phase])
+        controller.kill()
+        service.finish_the_handover(source, tmp_path / "again.log")
+        client.wait_for_commits(20)
+        service.judge(client)
+
+
+def test_a_target_that_dies_in_quiesce_costs_a_short_outage_and_nothing_else(service: Service, tmp_path: Path) -> None:
+    source = service.primary()
+    target = service.other(source)
+    with service.client() as client:
+        client.wait_for_commits(20)
+        controller = service.failover(tmp_path / "failover.log")
+        controller.wait_for_task(BEFORE_COMMIT["quiesce"])
+        service.lab.kill(target)
+        assert controller.finish() != 0, controller.output()[-4000:]
+        client.wait_for_commits(20, limit_seconds=MAX_DOWNTIME_SECONDS + 240)
+        assert service.role(source) == "primary"
+        service.lab.start(target)
+        service.watch.start(target)
+        (outage,) = service.judge(client)
+    assert outage.downtime_seconds is not None and outage.downtime_seconds <= MAX_DOWNTIME_SECONDS
+    service.wait_in_step()
+
+
+def test_a_drain_that_is_killed_puts_the_service_back(service: Service, tmp_path: Path) -> None:
+    source = service.primary()
+    with fault(service.lab, source, "ship.drain_barrier=kill"), service.client() as client:
+        client.wait_for_commits(20)
+        controller = service.failover(tmp_path / "failover.log")
+        assert controller.finish() != 0
+        assert "was undone before its commit" in controller.output(), controller.output()[-4000:]
+        client.wait_for_commits(20, limit_seconds=MAX_DOWNTIME_SECONDS + 240)
+        assert service.primary() == source
+        (outage,) = service.judge(client)
+        assert outage.downtime_seconds is not None and outage.downtime_seconds <= MAX_DOWNTIME_SECONDS
+    service.wait_in_step()
+
+
+def test_a_digest_that_does_not_match_is_found_before_the_commit(service: Service, tmp_path: Path) -> None:
+    """Somebody flips bytes on the standby's disk between the last pass and its proof."""
+    source = service.primary()
+    target = service.other(source)
+    device = disk_by_number(1).guest_path(target)
+    with fault(service.lab, source, "ship.drain_clean=delay:12"), service.client() as client:
+        client.wait_for_commits(20)
+        controller = service.failover(tmp_path / "failover.log")
+        controller.wait_for_task(BEFORE_COMMIT["drain"])
+        wait(lambda: _draining(service, source), 120, "the drain to begin", 0.1)
+        # The unmount wrote the superblock, so block 0 is in every drain; its first KiB is not ext4's.
+        flip = f"dd if=/dev/urandom of={device} bs=512 count=1 oflag=direct conv=notrunc,fsync status=none"
+        service.lab.ssh(target, f"for i in 1 2 3 4 5 6 7 8; do {flip}; sleep 1; done")
+        assert controller.finish() != 0, controller.output()[-4000:]
+        assert "read back something else" in controller.output(), controller.output()[-4000:]
+        client.wait_for_commits(20, limit_seconds=MAX_DOWNTIME_SECONDS + 240)
+        assert service.primary() == source
+        service.judge(client)
+    service.wait_in_step()
+    service.finish_the_handover(source, tmp_path / "again.log")
+
+
+def _draining(service: Service, source: str) -> bool:
+    done = service.lab.ssh(source, f"bmigrate status --workload {WORKLOAD} --json", check=False)
+    try:
+        (entry,) = json.loads(done.stdout)["data"]["workloads"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LabError(f"no status: {done.stdout} {done.stderr}") from error
+    return bool((entry["ship"] or {}).get("state") == "draining")
+
+
+class fault:
+    """Switch a fault point of the ship daemon on for a block, by a drop-in, as docs/safety.md says."""
+
+    def __init__(self, lab: Lab, host: str, plan: str) -> None:
+        self.lab, self.host, self.plan = lab, host, plan
+
+    def _set(self, text: str) -> None:
+        directory = "/run/systemd/system/bmigrate-ship.service.d"
+        self.lab.ssh(
+            self.host,
+            f"mkdir -p {directory}; printf '{text}' > {directory}/fault.conf; systemctl daemon-reload; "
+            "systemctl restart bmigrate-ship",
+            timeout=180,
+        )
+        began = time.monotonic()
+
+        def in_step() -> bool:
+            status = self.lab.ssh(self.host, f"bmigrate sync --workload {WORKLOAD} --json", check=False, timeout=180)
+            return status.returncode == 0
+
+        wait(in_step, 300, f"{self.host} to ship again after {time.monotonic() - began:.0f} s", 1.0)
+
+    def __enter__(self) -> None:
+        self._set(f"[Service]\\nEnvironment=BMIGRATE_FAULTS={self.plan}\\n")
+
+    def __exit__(self, *_: object) -> None:
+        self._set("")
