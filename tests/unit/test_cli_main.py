@@ -218,3 +218,20 @@ def test_a_full_disk_is_a_refusal_that_says_what_is_still_true(
     monkeypatch.setattr(states, "save", full)
     code, found = answer(capsys, "handover", "begin", "--workload", "pg", "--run-id", "r1")
     assert code == 3 and found["error"]["reason"] == "os_error" and "No space left" in found["error"]["message"]
+
+
+def test_discover_shows_only_what_is_durable(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit read between the rename and the fsync of a killed process must not promote the target."""
+    made_primary()
+    synced: list[str] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert answer(capsys, "handover", "discover", "--workload", "pg")[0] == 0
+    assert synced[-1] == str(paths.state_dir("pg"))
