@@ -302,6 +302,10 @@ class StandbyHost:
         assert self.hold.wait(30) == 0, (self.directory / "hold.log").read_text()
         self.manager.pump()
 
+    def client(self) -> rpc.Client:
+        """A connection to hold's socket that stays open."""
+        return rpc.Client(self.directory / "run" / "hold.sock")
+
     def call(self, op: str, **fields: Any) -> dict[str, Any]:
         """One call to hold's socket."""
         return rpc.call(self.directory / "run" / "hold.sock", op, **fields)

@@ -70,19 +70,37 @@ def test_a_stopped_receiver_dies_before_a_fence_is_answered(host: StandbyHost) -
     old = host.session()
     old.process.send_signal(signal.SIGSTOP)
     old.send(FrameType.DATA, offset=0, payload=b"old!" * 1024)
-    answer = host.call("fence", workload="wl")
-    assert old.process.poll() == -signal.SIGKILL
-    assert answer["epoch"] == host.record()["epoch"] == 2
-    assert content(host, 0, 4) == b"\0\0\0\0"
-    assert refused(host) == "sealed"
+    with host.client() as fencer:
+        answer = fencer.call("fence", workload="wl")
+        assert old.process.poll() == -signal.SIGKILL
+        assert answer["epoch"] == host.record()["epoch"] == 2
+        assert content(host, 0, 4) == b"\0\0\0\0"
+        assert refused(host) == "sealed"
 
 
 def test_a_seal_ends_with_the_handover_that_wanted_it(host: StandbyHost) -> None:
-    host.call("fence", workload="wl")
-    host.role("standby", handover={"phase": "prepared", "run_id": "r", "side": "target"})
+    with host.client() as fencer:
+        fencer.call("fence", workload="wl")
+        assert refused(host) == "sealed"
+        host.role("standby", handover={"phase": "prepared", "run_id": "r", "side": "target"})
+    assert refused(host) == "sealed"
+    host.kill_hold()
+    host.start()
     assert refused(host) == "sealed"
     host.role("standby")
     host.session()
+
+
+def test_a_seal_ends_with_a_step_that_died_before_its_note(host: StandbyHost) -> None:
+    with host.client() as fencer:
+        fencer.call("fence", workload="wl")
+    wait(lambda: not host.status()["sealed"], "the end of the seal")
+    with host.client() as fencer:
+        fencer.call("fence", workload="wl")
+        host.kill_hold()
+    host.start()
+    sender = host.session()
+    assert sender.welcome is not None and sender.welcome.epoch == 3
 
 
 def test_hold_killed_keeps_the_device_and_kills_the_receivers_it_does_not_know(host: StandbyHost) -> None:

@@ -41,6 +41,11 @@ class Answer:
         self._connection = connection
         self._request = request
 
+    @property
+    def unwanted(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self._connection.closed
+
     def reply(self, fields: dict[str, Any]) -> None:
         """Success."""
         self._connection.reply(self._request, fields)
@@ -226,6 +231,8 @@ class Workload:
         """Let no receiver of any epoch so far write any more, durably, and admit no other; then answer."""
 
         def seal() -> None:
+            if answer.unwanted:
+                return
             self._sample()
             self.record.epoch += 1
             self.record.sealed = {"epoch": self.record.epoch, "state": state_mark(self.name),
@@ -238,7 +245,7 @@ class Workload:
         self.when_quiet(answer.guard(seal))
 
     def unseal(self) -> None:
-        """End a seal whose handover is over."""
+        """End a seal whose handover is over, or was never noted."""
         current = state.load(self.name)
         if self.record.sealed is not None and (current is None or current.handover is None):
             self.record.sealed = None
