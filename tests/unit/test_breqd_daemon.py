@@ -177,7 +177,7 @@ def test_claims_need_a_fence_also_after_a_restart(host: Host) -> None:
 
 
 def test_an_acknowledgement_of_an_earlier_daemon_clears_nothing(host: Host) -> None:
-    """Seeding anew lets epochs begin again, and claim numbers begin again with each daemon: only the incarnation tells."""
+    """Seeding lets epochs begin again, and each daemon counts claims from 1: only the incarnation tells them apart."""
     claims = []
     for _ in range(2):
         host.start()
@@ -319,3 +319,60 @@ def test_a_detach_keeps_the_records_on_their_way(host: Host) -> None:
     assert slot not in host.kernel.entries or host.kernel.entries[slot]["draining"]
     assert before == 0 and not host.volume("b")["attached"]
     assert host.call("detach", workload="w", volume="b")["detached"] is False
+
+
+def test_a_seed_that_fails_leaves_the_tracking_as_it_was(host: Host) -> None:
+    host.start()
+    host.call("attach", workload="w", volume="a", mode="seed")
+    host.kill()
+    host.start("breqd.bitmap_rename=error:28")
+    identifier = host.volume("a")["attachment_id"]
+    with pytest.raises(BmigrateError):
+        host.call("attach", workload="w", volume="a", mode="seed")
+    status = host.volume("a")
+    assert status["attached"] and status["attachment_id"] == identifier and status["suspect"] is None
+
+
+def test_a_device_path_that_is_gone_for_a_while_does_not_end_the_tracking(host: Host) -> None:
+    """udev takes links away and brings them back; the kernel holds the disk itself."""
+    host.start()
+    host.call("attach", workload="w", volume="a", mode="seed")
+    identifier = host.volume("a")["attachment_id"]
+    host.kill()
+    away = host.devices["a"].rename(host.root / "away")
+    host.start()
+    status = host.volume("a")
+    assert status["attachment_id"] == identifier and status["suspect"] is None
+    away.rename(host.devices["a"])
+
+
+def test_bad_requests_are_answered_and_do_no_harm(host: Host) -> None:
+    host.start()
+    host.call("attach", workload="w", volume="a", mode="seed")
+    host.call("fence", workload="w", epoch=1, fence_id="x")
+    good = {"workload": "w", "volume": "a"}
+    bad = [
+        ("nonsense", good),
+        ("attach", {}),
+        ("attach", {**good, "mode": "maybe"}),
+        ("attach", {"workload": "../w", "volume": "a"}),
+        ("attach", {"workload": "w", "volume": "c"}),
+        ("claim", {**good, "epoch": "one", "max_bytes": 1}),
+        ("ack", {**good, "claim": 7}),
+        ("ack", {**good, "claim": {}}),
+        ("mark", {**good, "extents": [[1 << 80, 1]], "reason": "x"}),
+        ("mark", {**good, "extents": [[-1, 1]], "reason": "x"}),
+        ("mark", {**good, "extents": "abc", "reason": "x"}),
+        ("barrier", {"workload": "nobody"}),
+        ("resync_end", {**good, "resync_id": "x"}),
+        ("suspect", {"workload": "w", "volume": "c", "reason": "x"}),
+        ("fence", {"workload": "w", "epoch": 1, "fence_id": "again"}),
+    ]
+    pid = host.process and host.process.pid
+    for op, fields in bad:
+        with pytest.raises(BmigrateError) as refused:
+            host.call(op, **fields)
+        assert refused.value.code in ("usage", "refused"), (op, fields, refused.value)
+    assert host.process is not None and host.process.poll() is None and host.process.pid == pid
+    status = host.volume("a")
+    assert status["dirty_bytes"] == SIZES["a"] and status["suspect"] is None

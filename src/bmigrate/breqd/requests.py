@@ -66,6 +66,8 @@ class Requests:
             return operation(connection, request)
         except KernelError as exc:
             raise as_refusal(exc, str(request.get("volume") or "")) from exc
+        except ArithmeticError as exc:
+            raise UsageError(f"bad number in request {request.get('op')!r}: {exc}", reason="bad_request") from exc
 
     # --- tracking --------------------------------------------------------------------------------
 
@@ -76,11 +78,12 @@ class Requests:
         self.daemon.configs[workload] = settings
         before = self.tracker.volumes.get((workload, volume))
         mode = str(request.get("mode", "resume"))
-        if mode != "resume":
-            self.leases.forget(workload)
         error = self.daemon.attach(settings, volume, mode)
         if error is not None:
             raise error
+        if mode != "resume":
+            # The maps began anew: a session of before must not go on over them.
+            self.leases.forget(workload)
         item = self.tracker.get((workload, volume))
         return {
             "attachment": f"{item.attachment_id:016x}",

@@ -119,6 +119,7 @@ class Facts:
         flag: the clean flag, already used up, or None.
         counters: writes to the device since it appeared.
         superblock_digest: of the device now (only when a flag is there).
+        mounts: where the device is mounted already, in words.
     """
 
     boot_id: str
@@ -131,6 +132,7 @@ class Facts:
     bitmap_crc: int | None = None
     flag: dict[str, Any] | None = None
     superblock_digest: str | None = None
+    mounts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -175,17 +177,11 @@ def _doubt(track: Track, facts: Facts) -> str | None:
     if flag is None:
         if track.boot_id == facts.boot_id:
             return "the kernel's attachment was lost or replaced in this boot (module reloaded or volume detached)"
-        written = "" if not facts.counters.sectors_written else (
-            f"; {facts.counters.sectors_written} sectors were written in this boot before tracking began"
-        )  # fmt: skip
-        return "the volume was not closed in good order before this boot" + written
+        return "the volume was not closed in good order before tracking began" + _late(facts)
     if not facts.counters.counted:
         return "the kernel does not count writes of this device (queue/iostats is 0), so none can be ruled out"
     if not facts.counters.untouched:
-        return (
-            f"tracking began late: {facts.counters.writes} writes of {facts.counters.sectors_written} sectors "
-            f"and {facts.counters.discards} discards came before it in this boot; start breqd before the mount"
-        )
+        return "the device was written in this boot before tracking began" + _late(facts)
     if flag.get("identity") != facts.identity:
         return f"the device is not the one that was closed: {_difference(flag.get('identity') or {}, facts.identity)}"
     if flag.get("map_id") != facts.map_id or flag.get("bitmap_crc") != facts.bitmap_crc:
@@ -193,6 +189,17 @@ def _doubt(track: Track, facts: Facts) -> str | None:
     if flag.get("superblock_digest") != facts.superblock_digest or facts.superblock_digest is None:
         return "the first or last MiB of the device changed since the volume was closed"
     return None
+
+
+def _late(facts: Facts) -> str:
+    """What happened to the device in this boot before tracking began; empty: nothing is known to have."""
+    text = ""
+    seen = facts.counters
+    if seen.writes or seen.discards:
+        text = f"; {seen.writes} writes of {seen.sectors_written} sectors and {seen.discards} discards came before it"
+    if facts.mounts:
+        text += f"; it was mounted already ({facts.mounts[0]})"
+    return text + "; start breqd before the mount" if text else ""
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -32,6 +32,7 @@ LOG = logging.getLogger("breqd")
 DEFAULT_REGION_BYTES = 65536
 HOLD_TIMEOUT_SECONDS = 10.0
 MODES = ("resume", "seed", "promote")
+_UNREAD = blockdev.WriteCounters(0, 0, 0, 0, False)
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Tracked:
 
     Attributes:
         lost: why the attachment no longer records all writes; empty: it does.
+        closing: being detached on request; only records on their way are still taken.
         resync: (id, suspicions at its begin) of the resync under way.
         records, written_bytes, widened_bytes: consumed since this daemon took the volume.
     """
@@ -53,6 +55,7 @@ class Tracked:
     record: Track
     bitmap: BitmapFile
     lost: str = ""
+    closing: bool = False
     resync: tuple[str, int] | None = None
     records: int = 0
     written_bytes: int = 0
@@ -122,7 +125,7 @@ class Tracker:
                 self._control().detach(entry.slot, entry.attachment_id)
                 continue
             try:
-                self._resume((item.workload, item.volume), item.device, item, entry, Path(item.bitmap), None, 0)
+                self._resume((item.workload, item.volume), item.device, item, entry, Path(item.bitmap), None)
             except (BmigrateError, OSError) as exc:
                 problems.append(as_refusal(exc, item.volume))
                 LOG.error("detached slot %d of %s/%s: %s", entry.slot, item.workload, item.volume, exc)
@@ -167,8 +170,7 @@ class Tracker:
         path = directory / f"{volume}.bitmap"
         try:
             if mode == "resume":
-                return self._resume(key, device, known, entry, path, settings.granule, number)
-            self._forget(key)
+                return self._resume(key, device, known, entry, path, settings.granule)
             return self._begin(key, device, known, entry, path, settings.granule, mode)
         except BaseException:
             # Nobody would read its records: an attachment that is not ours must not stay.
@@ -214,7 +216,6 @@ class Tracker:
         entry: Attachment,
         path: Path,
         granule: int | None,
-        number: int,
     ) -> Tracked:
         """Go on with the bitmap that is there, or begin anew, as the verdict says."""
         bitmap, error = self._open_bitmap(path)
@@ -224,19 +225,25 @@ class Tracker:
             # Used up before it is believed, and a flag that was not moved to /run is not believed at all.
             flag = cleanflag.use_up(*key)
             cleanflag.withdraw(*key)
-        facts = Facts(
-            boot_id=blockdev.boot_id(),
-            # The kernel records since before this line: a write is either counted here or recorded.
-            counters=blockdev.write_counters(device),
-            identity=blockdev.identity(device),
-            attachment=f"{entry.attachment_id:016x}" if same else None,
-            events=_events(entry),
-            map_id=bitmap.map_id if bitmap else None,
-            bitmap_error=error,
-            bitmap_crc=bitmap.crc() if bitmap and flag else None,
-            flag=flag,
-            superblock_digest=blockdev.superblock_digest(device) if flag else None,
-        )
+        if same and known is not None:
+            # The kernel holds the disk itself: whatever became of the path, no write was missed.
+            facts = Facts(
+                blockdev.boot_id(), known.identity, _UNREAD, known.attachment, _events(entry),
+                bitmap.map_id if bitmap else None, error,
+            )  # fmt: skip
+        else:
+            facts = Facts(
+                boot_id=blockdev.boot_id(),
+                # The kernel records since before this line: a write is either counted here or recorded.
+                counters=blockdev.write_counters(device),
+                mounts=tuple(blockdev.mounts_of(device)),
+                identity=blockdev.identity(device),
+                map_id=bitmap.map_id if bitmap else None,
+                bitmap_error=error,
+                bitmap_crc=bitmap.crc() if bitmap and flag else None,
+                flag=flag,
+                superblock_digest=blockdev.superblock_digest(device) if flag else None,
+            )
         verdict = track.judge(known, facts)
         record = known or Track(*key)
         if verdict.suspect:
@@ -247,7 +254,7 @@ class Tracker:
             if verdict.bitmap == "all_dirty":
                 record.seed_count += 1
                 record.suspect = None
-        return self._take(key, device, record, entry, bitmap, facts.identity, number)
+        return self._take(key, device, record, entry, bitmap, facts.identity)
 
     def _begin(
         self, key: Key, device: str, known: Track | None, entry: Attachment, path: Path, granule: int | None, mode: str
@@ -263,7 +270,7 @@ class Tracker:
         record.highest_epoch = 0
         if mode == "seed":
             record.seed_count += 1
-        return self._take(key, device, record, entry, bitmap, identity, 0)
+        return self._take(key, device, record, entry, bitmap, identity)
 
     def _open_bitmap(self, path: Path) -> tuple[BitmapFile | None, str | None]:
         try:
@@ -289,7 +296,6 @@ class Tracker:
         entry: Attachment,
         bitmap: BitmapFile,
         identity: dict[str, Any],
-        number: int,
     ) -> Tracked:
         """The last step of every attach: the durable record first, then the maps, then the answer."""
         same = record.attachment == f"{entry.attachment_id:016x}"
@@ -298,10 +304,12 @@ class Tracker:
         if not same:
             record.attachment, record.attached_at = f"{entry.attachment_id:016x}", time.time()
         record.save()
+        # Only now is a volume that was tracked under this key given up: any failure before leaves it as it was.
+        self._forget(key)
         item = Tracked(
             key,
             device,
-            number or blockdev.device_number(device),
+            os.makedev(entry.major, entry.minor),
             entry.attachment_id,
             entry.slot,
             entry.start_sector,
@@ -321,6 +329,7 @@ class Tracker:
         if item is None:
             return None
         entry = self._entry_of(item)
+        item.closing = True
         if entry is not None:
             self._control().detach(entry.slot, entry.attachment_id)
         return item
@@ -375,6 +384,8 @@ class Tracker:
         entries = {entry.attachment_id: entry for entry in self.control.list() if not entry.draining}
         for item in list(self.volumes.values()):
             entry = entries.get(item.attachment_id)
+            if item.closing:
+                continue
             events = _events(entry) if entry is not None else "the kernel has no such attachment any more"
             if events and events not in item.seen_events:
                 item.seen_events.add(events)
