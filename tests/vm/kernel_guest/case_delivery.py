@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cases import LIMIT_SECONDS, REGION, RING_LIMIT, attached, empty, main, next_batch, ranges, refused, wait_for, write
+
 from bmigrate.kernel import abi
 from bmigrate.kernel.channel import Channel
-from cases import LIMIT_SECONDS, REGION, RING_LIMIT, attached, empty, main, next_batch, ranges, refused, wait_for, write
 
 READER = """
 import signal

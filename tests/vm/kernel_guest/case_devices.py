@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import devices
+from cases import RING_LIMIT, attach, empty, main, ranges, wait_for, write
+from tracker import run
+
 from bmigrate.kernel import abi
 from bmigrate.kernel.channel import Batch, Channel
 from bmigrate.kernel.control import Attachment, Control
-from cases import attach, empty, main, ranges, wait_for, write
-from tracker import run
 
 SG_IO = 0x2285
 NO_DATA, TO_DEVICE, FROM_DEVICE = -1, -2, -3
@@ -30,13 +31,28 @@ class SgHeader(ctypes.Structure):
     """struct sg_io_hdr of scsi/sg.h."""
 
     _fields_ = [
-        ("interface_id", ctypes.c_int), ("direction", ctypes.c_int), ("cmd_len", ctypes.c_ubyte),
-        ("sense_len", ctypes.c_ubyte), ("iovec_count", ctypes.c_ushort), ("data_len", ctypes.c_uint),
-        ("data", ctypes.c_void_p), ("command", ctypes.c_void_p), ("sense", ctypes.c_void_p),
-        ("timeout", ctypes.c_uint), ("flags", ctypes.c_uint), ("pack_id", ctypes.c_int), ("usr", ctypes.c_void_p),
-        ("status", ctypes.c_ubyte), ("masked", ctypes.c_ubyte), ("msg", ctypes.c_ubyte), ("sense_written", ctypes.c_ubyte),
-        ("host_status", ctypes.c_ushort), ("driver_status", ctypes.c_ushort), ("residual", ctypes.c_int),
-        ("duration", ctypes.c_uint), ("info", ctypes.c_uint),
+        ("interface_id", ctypes.c_int),
+        ("direction", ctypes.c_int),
+        ("cmd_len", ctypes.c_ubyte),
+        ("sense_len", ctypes.c_ubyte),
+        ("iovec_count", ctypes.c_ushort),
+        ("data_len", ctypes.c_uint),
+        ("data", ctypes.c_void_p),
+        ("command", ctypes.c_void_p),
+        ("sense", ctypes.c_void_p),
+        ("timeout", ctypes.c_uint),
+        ("flags", ctypes.c_uint),
+        ("pack_id", ctypes.c_int),
+        ("usr", ctypes.c_void_p),
+        ("status", ctypes.c_ubyte),
+        ("masked", ctypes.c_ubyte),
+        ("msg", ctypes.c_ubyte),
+        ("sense_written", ctypes.c_ubyte),
+        ("host_status", ctypes.c_ushort),
+        ("driver_status", ctypes.c_ushort),
+        ("residual", ctypes.c_int),
+        ("duration", ctypes.c_uint),
+        ("info", ctypes.c_uint),
     ]
 
 
@@ -46,9 +62,15 @@ def scsi_command(device: str, command: bytes, direction: int, data: bytes = b"")
     sense = ctypes.create_string_buffer(64)
     cdb = ctypes.create_string_buffer(command, len(command))
     header = SgHeader(
-        interface_id=ord("S"), direction=direction, cmd_len=len(command), sense_len=64, data_len=len(data),
-        data=ctypes.addressof(buffer) if data else None, command=ctypes.addressof(cdb),
-        sense=ctypes.addressof(sense), timeout=20000,
+        interface_id=ord("S"),
+        direction=direction,
+        cmd_len=len(command),
+        sense_len=64,
+        data_len=len(data),
+        data=ctypes.addressof(buffer) if data else None,
+        command=ctypes.addressof(cdb),
+        sense=ctypes.addressof(sense),
+        timeout=20000,
     )
     fd = os.open(device, os.O_RDWR)
     try:
@@ -105,8 +127,13 @@ def passthrough(device: str) -> dict[str, Any]:
             batches = empty(channel)
             assert channel.passed(barrier)
             flags = {int(f) for b in batches for f in b.records["flags"]}
-            results[name] = [status, control.stats(attachment.slot).passthrough - before, passed_at_once,
-                             _whole(batches, attachment), sorted(flags)]
+            results[name] = [
+                status,
+                control.stats(attachment.slot).passthrough - before,
+                passed_at_once,
+                _whole(batches, attachment),
+                sorted(flags),
+            ]
 
         send("inquiry", bytes([0x12, 0, 0, 0, 96, 0]), FROM_DEVICE, bytes(96))
         send("write", bytes([0x2A, 0, 0, 0, 0, 5, 0, 0, 1, 0]), TO_DEVICE, os.urandom(512))
@@ -116,31 +143,33 @@ def passthrough(device: str) -> dict[str, Any]:
 
 def failed_writes(device: str) -> dict[str, Any]:
     """A write that the device refused is recorded, with the flag, in full; also through the overflow."""
-    ring_limit = Path("/sys/module/reqlog/parameters/ring_limit")
-    with scsi_disk("wp=0") as disk, attachment_of(disk) as (attachment, control, channel):
-        write(disk, 64, 8)
-        protect = Path("/sys/bus/pseudo/drivers/scsi_debug/wp")
-        results = {}
-        for name, limit in (("ring", "0"), ("overflow", "1")):
-            ring_limit.write_text(limit)
-            empty(channel)
-            for _ in range(8):
-                _write_that_fails(disk, protect, 4096)
-            ring_limit.write_text("0")
-            batches = empty(channel)
-            records = [(int(r["sector"]), int(r["nr_sectors"]), int(r["flags"])) for b in batches for r in b.records]
-            results[name] = sorted(set(records))
-        return {**results, "failed": control.stats(attachment.slot).failed}
+    devices.drop_null()
+    disk = devices.null_disk()
+    try:
+        with attachment_of(disk) as (attachment, control, channel):
+            (devices.NULL_DISK / "badblocks").write_text("+4100-4101")
+            results: dict[str, Any] = {}
+            for name, limit in (("ring", "0"), ("overflow", "1")):
+                RING_LIMIT.write_text(limit)
+                write(disk, 64, 8)
+                for _ in range(8):
+                    _write_that_fails(disk, 4096)
+                RING_LIMIT.write_text("0")
+                records = [
+                    (int(r["sector"]), int(r["nr_sectors"]), int(r["flags"])) for b in empty(channel) for r in b.records
+                ]
+                results[name] = sorted(set(records))
+            return {**results, "failed": control.stats(attachment.slot).failed}
+    finally:
+        RING_LIMIT.write_text("0")
+        devices.drop_null()
 
 
-def _write_that_fails(disk: str, protect: Path, sector: int) -> None:
-    protect.write_text("1")
+def _write_that_fails(disk: str, sector: int) -> None:
     try:
         write(disk, sector, 8)
     except OSError:
         return
-    finally:
-        protect.write_text("0")
     raise AssertionError("the write did not fail")
 
 
@@ -175,7 +204,6 @@ def removed(device: str) -> dict[str, Any]:
 
 def grown(device: str) -> dict[str, Any]:
     """Writes behind the end that the disk had when it was attached are recorded, and the entry says so."""
-    ring_limit = Path("/sys/module/reqlog/parameters/ring_limit")
     image = Path("/var/tmp/kernel-grown.img")
     with image.open("wb") as file:
         file.truncate(1 << 20)
@@ -189,15 +217,23 @@ def grown(device: str) -> dict[str, Any]:
             assert (listed.sectors, listed.disk_sectors, listed.beyond) == (2048, 4096, False), listed
             write(loop, 3000)
             first = [pair for batch in empty(channel) for pair in ranges(batch)]
-            ring_limit.write_text("1")
+            RING_LIMIT.write_text("1")
             for _ in range(16):
                 write(loop, 2040, 16)
-            ring_limit.write_text("0")
-            widened = [(int(r["sector"]), int(r["nr_sectors"])) for b in empty(channel) for r in b.records
-                       if r["flags"] & abi.FLAG_WIDENED]
+            RING_LIMIT.write_text("0")
+            widened = [
+                (int(r["sector"]), int(r["nr_sectors"]))
+                for b in empty(channel)
+                for r in b.records
+                if r["flags"] & abi.FLAG_WIDENED
+            ]
             [listed] = control.list()
-            return {"first": first, "widened": sorted(widened), "beyond": listed.beyond,
-                    "stats": control.stats(attachment.slot).beyond}
+            return {
+                "first": first,
+                "widened": sorted(widened),
+                "beyond": listed.beyond,
+                "stats": control.stats(attachment.slot).beyond,
+            }
     finally:
         run("losetup", "--detach", loop)
         image.unlink()

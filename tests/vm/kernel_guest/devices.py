@@ -20,7 +20,7 @@ from tracker import run
 CONFIG = Path("/sys/kernel/config/nvmet")
 NQN = "nqn.2025-01.org.example:bmigrate-test"
 FILE = Path("/var/tmp/kernel-test.img")
-FILE_BYTES = 320 << 20
+FILE_BYTES = 96 << 20
 
 
 def _wait(find: Callable[[], str | None], what: str) -> str:
@@ -33,14 +33,20 @@ def _wait(find: Callable[[], str | None], what: str) -> str:
     raise TimeoutError(f"no {what} appeared")
 
 
+def mount_configfs() -> None:
+    """Where the kernel takes orders for nvmet and null_blk."""
+    if not os.path.ismount("/sys/kernel/config"):
+        run("modprobe", "configfs")
+        run("mount", "-t", "configfs", "none", "/sys/kernel/config")
+
+
 def _nvme(multipath: bool) -> str:
     """An nvme namespace over TCP to ourselves: a request-based disk, or with multipath a bio-based head over one."""
     run("modprobe", "nvme_core", f"multipath={'Y' if multipath else 'N'}")
     run("modprobe", "-a", "nvme_tcp", "nvmet_tcp")
     with FILE.open("wb") as file:
         file.truncate(FILE_BYTES)
-    if not CONFIG.exists():
-        run("mount", "-t", "configfs", "none", "/sys/kernel/config")
+    mount_configfs()
     subsystem = CONFIG / "subsystems" / NQN
     namespace = subsystem / "namespaces/1"
     port = CONFIG / "ports/1"
@@ -135,8 +141,31 @@ def _drop_dm() -> None:
 
 
 def _null_zoned() -> str:
-    run("modprobe", "null_blk", "nr_devices=1", "gb=1", "memory_backed=0", "zoned=1", "zone_size=64", "queue_mode=2")
+    run("modprobe", "null_blk", "nr_devices=1", "gb=1", "zoned=1", "zone_size=64", "queue_mode=2")
     return "/dev/nullb0"
+
+
+NULL_DISK = Path("/sys/kernel/config/nullb/kerneltest")
+
+
+def null_disk() -> str:
+    """A request-based disk of 16 MiB in memory, some of whose sectors can be made bad: NULL_DISK / "badblocks"."""
+    run("modprobe", "null_blk", "nr_devices=0")
+    mount_configfs()
+    NULL_DISK.mkdir()
+    for name, value in (("size", "16"), ("blocksize", "512"), ("memory_backed", "1"), ("queue_mode", "2")):
+        (NULL_DISK / name).write_text(value)
+    (NULL_DISK / "power").write_text("1")
+    # Named after the directory since Linux 6.0, before that by its index.
+    paths = (f"/dev/{NULL_DISK.name}", f"/dev/nullb{(NULL_DISK / 'index').read_text().strip()}")
+    return _wait(lambda: next(filter(os.path.exists, paths), None), "null_blk disk")
+
+
+def drop_null() -> None:
+    """Take it away."""
+    if NULL_DISK.exists():
+        NULL_DISK.rmdir()
+    _unload("null_blk")
 
 
 KINDS: dict[str, tuple[Callable[[], str], Callable[[], None]]] = {
@@ -146,7 +175,7 @@ KINDS: dict[str, tuple[Callable[[], str], Callable[[], None]]] = {
     "brd": (_brd, lambda: _unload("brd")),
     "zram": (_zram, _drop_zram),
     "dm": (_dm, _drop_dm),
-    "zoned": (_null_zoned, lambda: _unload("null_blk")),
+    "zoned": (_null_zoned, drop_null),
 }
 
 if __name__ == "__main__":

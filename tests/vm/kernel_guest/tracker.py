@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """In a guest: one attached volume, what the log said of it, and what really changed.
 
-Promises to compare the kernel's log with the truth: fingerprints of every 512-byte sector, read with O_DIRECT before and
-after. It must never look at what the workload believes it wrote.
+Promises to compare the kernel's log with the truth: fingerprints of every 512-byte sector, read with O_DIRECT
+before and after. It must never look at what the workload believes it wrote.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 
 import numpy
+
 from bmigrate.kernel import abi
 from bmigrate.kernel.channel import Barrier, Batch, Channel
 from bmigrate.kernel.control import Control

@@ -186,13 +186,10 @@ def partition_table(path: str) -> None:
 
 ALL_KINDS = ("write", "write", "write", "fua", "discard", "zeroout", "zero_range", "punch")
 WORKLOADS: dict[str, Callable[[str, int], Raw | Filesystem]] = {
-    "raw": lambda path, seed: Raw(path, seed, 480, ALL_KINDS),
-    "writes": lambda path, seed: Raw(path, seed, 400, ("write", "fua")),
+    "raw": lambda path, seed: Raw(path, seed, 400, ALL_KINDS),
     # Alone: the kernel refuses to mix the page cache with O_DIRECT on the same sectors.
     "buffered": lambda path, seed: Raw(path, seed, 200, ("buffered",)),
-    "discards": lambda path, seed: Raw(path, seed, 400, ("write", "discard", "punch", "discard")),
-    "zeroes": lambda path, seed: Raw(path, seed, 300, ("write", "zeroout", "zero_range")),
-    "ext4": lambda path, seed: Filesystem(path, seed, "ext4", 500, False),
-    "xfs": lambda path, seed: Filesystem(path, seed, "xfs", 900, False),
-    "fstrim": lambda path, seed: Filesystem(path, seed, "ext4", 300, True),
+    "ext4": lambda path, seed: Filesystem(path, seed, "ext4", 160, True),
+    "ext4-removal": lambda path, seed: Filesystem(path, seed, "ext4", 400, False),
+    "xfs-removal": lambda path, seed: Filesystem(path, seed, "xfs", 600, False),
 }
