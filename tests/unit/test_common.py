@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bmigrate.common import atomic, config, errors, faults, ranges, rpc, state
+from bmigrate.common import atomic, blockdev, config, errors, faults, ranges, rpc, state
 
 
 def good_config() -> dict[str, Any]:
@@ -179,3 +179,12 @@ def test_merged_ranges_cover_the_same_bytes_once(items: list[tuple[int, int]]) -
     assert len(got) == len(set(got))
     assert set(got) == wanted
     assert all(first[0] + first[1] < second[0] for first, second in zip(merged, merged[1:]))
+
+
+def test_a_flush_is_no_write_and_a_sector_is() -> None:
+    before = blockdev.WriteCounters(5, 80, 1, 8, True)
+    assert blockdev.WriteCounters(6, 80, 1, 8, True).same_content(before)
+    assert not blockdev.WriteCounters(6, 81, 1, 8, True).same_content(before)
+    assert not blockdev.WriteCounters(5, 80, 2, 16, True).same_content(before)
+    assert blockdev.WriteCounters(3, 0, 0, 0, True).untouched
+    assert not blockdev.WriteCounters(0, 0, 0, 0, False).untouched

@@ -63,7 +63,7 @@ def test_a_device_never_held_here_claims_nothing_so_counters_do_not_matter() -> 
 
 
 def test_the_rule_between_sessions() -> None:
-    more = replace(SOME, writes=10)
+    more = replace(SOME, writes=10, sectors_written=80)
     assert suspicion.outside_session(on_record(), False, SOME) is None
     assert suspicion.outside_session(on_record(), True, more) is None
     assert "outside of a session" in str(suspicion.outside_session(on_record(), False, more))

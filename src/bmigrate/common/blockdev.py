@@ -13,7 +13,7 @@ import mmap
 import os
 import stat
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
 
@@ -90,12 +90,13 @@ class WriteCounters:
     """What the kernel counted for a device since it appeared (Documentation/block/stat.rst).
 
     Attributes:
-        writes: completed write requests. sectors_written: their 512-byte sectors.
+        writes: completed write requests, flushes of somebody's fsync among them, which write nothing;
+            therefore they are shown and never compared. sectors_written: their 512-byte sectors.
         discards: completed discard requests. sectors_discarded: their sectors.
         counted: False when ``queue/iostats`` is 0 and the numbers say nothing.
     """
 
-    writes: int
+    writes: int = field(compare=False)
     sectors_written: int
     discards: int
     sectors_discarded: int
@@ -103,8 +104,16 @@ class WriteCounters:
 
     @property
     def untouched(self) -> bool:
-        """True when the kernel counts and has counted no write and no discard."""
-        return self.counted and not (self.writes or self.sectors_written or self.discards or self.sectors_discarded)
+        """True when the kernel counts and has counted no sector written or discarded.
+
+        Requests without sectors do not count: a flush of a device (fsync, sync) is counted as a write
+        of 0 sectors by some drivers, and it changes nothing.
+        """
+        return self.counted and not (self.sectors_written or self.sectors_discarded)
+
+    def same_content(self, before: WriteCounters) -> bool:
+        """True when no sector was written or discarded between two samples of one device."""
+        return (self.sectors_written, self.sectors_discarded) == (before.sectors_written, before.sectors_discarded)
 
     def to_dict(self) -> dict[str, Any]:
         """For state files."""

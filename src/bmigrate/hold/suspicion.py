@@ -37,7 +37,7 @@ def at_take(old: VolumeRecord | None, *, boot_id: str, identity: Mapping[str, An
         return "the kernel does not count writes to the device (queue/iostats is 0), so none can be ruled out"
     if old.closed["boot_id"] == boot_id:
         before = WriteCounters.from_dict(old.closed["counters"])
-        if counters != before:
+        if not counters.same_content(before):
             return f"written to while nobody held it: {_growth(before, counters)}"
         return None
     if not counters.untouched:
@@ -54,7 +54,7 @@ def outside_session(old: VolumeRecord, session_open: bool, counters: WriteCounte
     before = WriteCounters.from_dict(old.counters)
     if session_open or not (counters.counted and before.counted):
         return None
-    if counters != before:
+    if not counters.same_content(before):
         return f"written to outside of a session: {_growth(before, counters)}"
     return None
 
