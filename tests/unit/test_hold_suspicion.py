@@ -67,7 +67,9 @@ def test_the_rule_between_sessions() -> None:
     assert suspicion.outside_session(on_record(), False, SOME) is None
     assert suspicion.outside_session(on_record(), True, more) is None
     assert "outside of a session" in str(suspicion.outside_session(on_record(), False, more))
-    assert "outside of a session" in str(suspicion.outside_session(on_record(), False, replace(SOME, discards=2)))
+    trimmed = replace(SOME, discards=2, sectors_discarded=16)
+    assert "outside of a session" in str(suspicion.outside_session(on_record(), False, trimmed))
+    assert suspicion.outside_session(on_record(), False, replace(SOME, writes=10)) is None, "a flush changes nothing"
     assert suspicion.outside_session(on_record(suspect="x"), True, SOME) == "x"
 
 
