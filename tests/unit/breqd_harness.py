@@ -252,7 +252,7 @@ class RemoteChannel(_Remote):
 
 def run_daemon(kernel: str) -> int:
     """In the child: the real daemon, with regular files for block devices."""
-    from bmigrate.breqd import loop
+    from bmigrate.breqd import attach, loop
     from bmigrate.common import blockdev, log
 
     facts = Path(os.environ["HARNESS_FACTS"])
@@ -268,7 +268,7 @@ def run_daemon(kernel: str) -> int:
     blockdev.identity = lambda path: {"size_bytes": os.stat(path).st_size, "serial": fact("serial")}
     blockdev.write_counters = counters
     blockdev.open_direct = lambda path, **_: os.open(path, os.O_RDONLY)
-    loop.Tracker._open_device = lambda self, device, number, volume: os.open(device, os.O_RDONLY)  # type: ignore[method-assign]
+    attach.Attacher._open_device = lambda self, device, number, volume: os.open(device, os.O_RDONLY)  # type: ignore[method-assign]
     log.setup("breqd", True)
     daemon = loop.Daemon(
         lambda: RemoteControl(kernel),  # type: ignore[arg-type, return-value]

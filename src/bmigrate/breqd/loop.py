@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from bmigrate.breqd.attach import Attacher
 from bmigrate.breqd.leases import Leases
 from bmigrate.breqd.requests import Requests
 from bmigrate.breqd.tracker import Tracker, as_refusal
@@ -51,6 +52,7 @@ class Daemon:
         self._open_control, self._open_channel = open_control, open_channel
         self.selector = selectors.DefaultSelector()
         self.tracker = Tracker()
+        self.attacher = Attacher(self.tracker)
         self.leases = Leases(self.tracker)
         self.channel: Channel | None = None
         self.configs: dict[str, Config] = {}
@@ -153,7 +155,7 @@ class Daemon:
             return
         self.tracker.control, self.tracker.kernel_problem, self.channel = control, None, channel
         # Before the first batch is read: records of a volume that is not known here would be lost.
-        for error in self.tracker.adopt_all():
+        for error in self.attacher.adopt_all():
             LOG.error("%s", error)
         self.selector.register(channel, selectors.EVENT_READ, self._on_channel)
 
@@ -239,7 +241,7 @@ class Daemon:
         """Attach one volume; an error is logged when it is new, kept, and returned."""
         key = (settings.workload, volume)
         try:
-            self.tracker.attach(settings, volume, mode)
+            self.attacher.attach(settings, volume, mode)
         except (BmigrateError, OSError) as exc:
             error = as_refusal(exc, volume)
             before = self.problems.get(key)
