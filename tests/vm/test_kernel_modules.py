@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lab import Lab
-from tests.vm.kernel_guest import DIRECTORY, DISK, Bench, build, unpack
+from tests.vm.kernel_bench import DIRECTORY, DISK, Bench, build, unpack
 
 pytestmark = pytest.mark.vm
 SEED = int(os.environ.get("BMIGRATE_SEED", "20260702"))
@@ -208,8 +208,9 @@ def test_what_cannot_be_recorded_is_refused_by_name(bench: Bench, kind: str, cod
     device = bench.make_device(kind)
     try:
         program = (
-            "import sys\nfrom cases import attach, refused\nfrom bmigrate.kernel.control import Control\n"
-            "error = refused(lambda: attach(Control(), sys.argv[1]))\n"
+            "import sys\nfrom tests.vm.kernel_guest.cases import attach, refused\n"
+            "from bmigrate.kernel.control import Control\n"
+            "error = refused(attach, Control(), sys.argv[1])\n"
             "print(error.code, error.errno, sys.argv[1] in str(error) and bool(error.hint))"
         )
         assert bench.python("-c", program, device).stdout.split() == [code, "95", "True"]

@@ -10,15 +10,28 @@ import os
 import random
 import subprocess
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import workloads
-from cases import REGION, RING_LIMIT, attach, attached, empty, main, next_batch, ranges, refused, wait_for, write
-
 from bmigrate.kernel import abi
 from bmigrate.kernel.channel import Channel
-from bmigrate.kernel.control import Control, identify
+from bmigrate.kernel.control import Attachment, Control, identify
+from bmigrate.kernel.errors import AttachRefused
+from tests.vm.kernel_guest import workloads
+from tests.vm.kernel_guest.cases import (
+    REGION,
+    RING_LIMIT,
+    attach,
+    attached,
+    empty,
+    main,
+    next_batch,
+    ranges,
+    refused,
+    wait_for,
+    write,
+)
 
 
 def outlives_everything(device: str) -> dict[str, Any]:
@@ -30,12 +43,13 @@ def outlives_everything(device: str) -> dict[str, Any]:
     with Control() as control:
         listed = [a for a in control.list() if not a.draining]
         assert listed == [attachment], listed
-        twice = refused(lambda: attach(control, device))
+        twice = refused(attach, control, device)
+        assert isinstance(twice, AttachRefused)
         assert (twice.slot, twice.attachment_id) == (attachment.slot, attachment.attachment_id), vars(twice)
         with Channel() as channel:
             got = [pair for batch in empty(channel) for pair in ranges(batch)]
         control.detach(attachment.slot, attachment.attachment_id)
-        gone = refused(lambda: control.detach(attachment.slot, attachment.attachment_id))
+        gone = refused(control.detach, attachment.slot, attachment.attachment_id)
         assert not control.list()
     return {
         "rmmod": module.returncode,
@@ -69,14 +83,14 @@ def slots(device: str) -> dict[str, Any]:
         states = [[(a.slot, a.draining) for a in control.list()]]
         second = attach(control, device)
         assert second.slot != first.slot and second.attachment_id != first.attachment_id
-        seen = set()
+        seen: set[int] = set()
         batch = next_batch(channel)
         seen.update(int(r["slot"]) for r in batch.records)
         states.append([(a.slot, a.draining) for a in control.list()])
         channel.consumed(batch.seq)
         empty(channel)
         states.append([(a.slot, a.draining) for a in control.list()])
-        assert refused(lambda: control.stats(first.slot, first.attachment_id)).code == "not_attached"
+        assert refused(control.stats, first.slot, first.attachment_id).code == "not_attached"
         control.detach(second.slot, second.attachment_id)
         empty(channel)
         assert not control.list()
@@ -133,19 +147,19 @@ def wrong_identity(device: str) -> dict[str, Any]:
     fd = os.open(device, os.O_RDONLY)
     right = identify(fd)
     with Control() as control:
-        codes = {}
+        codes: dict[str, Any] = {}
         for field in ("major", "minor", "sectors", "diskseq"):
             wrong = dataclasses.replace(right, **{field: getattr(right, field) + 1})
-            codes[field] = refused(lambda wrong=wrong: control.attach(fd, REGION, wrong)).code
+            codes[field] = refused(control.attach, fd, REGION, wrong).code
         for region in (0, 1, 2048, 65535, 65536 * 3, 1 << 31):
-            codes[f"region {region}"] = refused(lambda region=region: control.attach(fd, region, right)).code
+            codes[f"region {region}"] = refused(control.attach, fd, region, right).code
         null = os.open("/dev/null", os.O_RDWR)
-        codes["/dev/null"] = refused(lambda: control.attach(null, REGION, right)).code
+        codes["/dev/null"] = refused(control.attach, null, REGION, right).code
         regular = os.open("/etc/hostname", os.O_RDONLY)
-        codes["file"] = refused(lambda: control.attach(regular, REGION, right)).code
+        codes["file"] = refused(control.attach, regular, REGION, right).code
         path = os.open(device, os.O_PATH)
-        codes["O_PATH"] = refused(lambda: control.attach(path, REGION, right)).errno
-        codes["closed"] = refused(lambda: control.attach(999, REGION, right)).errno
+        codes["O_PATH"] = refused(control.attach, path, REGION, right).errno
+        codes["closed"] = refused(control.attach, 999, REGION, right).errno
         assert not control.list()
     return codes
 
@@ -247,6 +261,10 @@ def garbage(device: str) -> dict[str, Any]:
         return {errno.errorcode.get(number, "OK"): count for number, count in sorted(refusals.items())}
 
 
+def _more_than(control: Control, attachment: Attachment, records: int) -> bool:
+    return control.stats(attachment.slot, attachment.attachment_id).records > records
+
+
 def churn(device: str) -> dict[str, Any]:
     """Attach and detach, thousands of requests and a reader at once: no record of a slot that nobody had."""
     over = threading.Event()
@@ -276,10 +294,7 @@ def churn(device: str) -> dict[str, Any]:
                 used.add(attachment.slot)
                 before = control.stats(attachment.slot, attachment.attachment_id).records
                 if number % 4 == 0:
-                    wait_for(
-                        lambda a=attachment, b=before: control.stats(a.slot, a.attachment_id).records > b,
-                        "nothing is recorded",
-                    )
+                    wait_for(partial(_more_than, control, attachment, before), "nothing is recorded")
                 control.detach(attachment.slot, attachment.attachment_id)
         finally:
             over.set()

@@ -15,10 +15,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cases import LIMIT_SECONDS, REGION, RING_LIMIT, attached, empty, main, next_batch, ranges, refused, wait_for, write
-
 from bmigrate.kernel import abi
 from bmigrate.kernel.channel import Channel
+from tests.vm.kernel_guest.cases import (
+    LIMIT_SECONDS,
+    REGION,
+    RING_LIMIT,
+    attached,
+    empty,
+    main,
+    next_batch,
+    ranges,
+    refused,
+    wait_for,
+    write,
+)
 
 READER = """
 import signal
@@ -73,7 +84,7 @@ def fault_consumes_nothing(device: str) -> dict[str, Any]:
         after = channel.stats()
         assert after.handed == before.handed and after.pending_count == 600, after
         # Not even a reader that knows the number may consume what it did not get.
-        stale = refused(lambda: channel.consumed(after.pending_seq))
+        stale = refused(channel.consumed, after.pending_seq)
         batch = next_batch(channel)
         assert batch.seq == after.pending_seq and len(batch.records) == 600 and not batch.again, batch
         channel.consumed(batch.seq)
@@ -86,14 +97,14 @@ def stale_consumed(device: str) -> dict[str, Any]:
         write(device, 16)
         with Channel() as channel:
             batch = next_batch(channel)
-            codes = [refused(lambda s=s: channel.consumed(s)).code for s in (0, batch.seq - 1, batch.seq + 1, 2**63)]
+            codes = [refused(channel.consumed, seq).code for seq in (0, batch.seq - 1, batch.seq + 1, 2**63)]
         with Channel() as channel:
             # Another open file: it must read the batch before it may say that it is safe.
-            codes.append(refused(lambda: channel.consumed(batch.seq)).code)
+            codes.append(refused(channel.consumed, batch.seq).code)
             again = next_batch(channel)
             assert ranges(again) == [(16, 1)]
             channel.consumed(again.seq)
-            codes.append(refused(lambda: channel.consumed(again.seq)).code)
+            codes.append(refused(channel.consumed, again.seq).code)
             assert channel.read_batch() is None
         return {"codes": codes}
 
@@ -120,8 +131,8 @@ def barriers(device: str) -> dict[str, Any]:
         foreign = type(second)(second.channel_id ^ 1, second.sweep, second.positions)
         short = type(second)(second.channel_id, second.sweep, second.positions[:-1])
         return {
-            "foreign": refused(lambda: channel.passed(foreign)).code,
-            "short": refused(lambda: channel.passed(short)).errno,
+            "foreign": refused(channel.passed, foreign).code,
+            "short": refused(channel.passed, short).errno,
         }
 
 
@@ -173,7 +184,7 @@ def small_reads(device: str) -> dict[str, Any]:
 
 
 def _in_pieces(channel: Channel) -> list[Any]:
-    pieces = []
+    pieces: list[Any] = []
     while True:
         batch = channel.read_batch(2)
         if batch is None:

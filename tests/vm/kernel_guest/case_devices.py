@@ -15,13 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import devices
-from cases import RING_LIMIT, attach, empty, main, ranges, wait_for, write
-from tracker import run
-
 from bmigrate.kernel import abi
 from bmigrate.kernel.channel import Batch, Channel
 from bmigrate.kernel.control import Attachment, Control
+from tests.vm.kernel_guest import devices
+from tests.vm.kernel_guest.cases import RING_LIMIT, attach, empty, main, ranges, wait_for, write
+from tests.vm.kernel_guest.tracker import run
 
 SG_IO = 0x2285
 NO_DATA, TO_DEVICE, FROM_DEVICE = -1, -2, -3

@@ -69,7 +69,7 @@ def attached(device: str) -> Iterator[Attachment]:
 
 def empty(channel: Channel) -> list[Batch]:
     """Consume everything; the batches."""
-    batches = []
+    batches: list[Batch] = []
     while True:
         batch = channel.read_batch()
         if batch is None:
@@ -112,10 +112,10 @@ def ranges(batch: Batch) -> list[tuple[int, int]]:
     return sorted((int(r["sector"]), int(r["nr_sectors"])) for r in batch.records)
 
 
-def refused(action: Callable[[], Any]) -> KernelError:
-    """The KernelError that `action` must raise."""
+def refused(action: Callable[..., Any], *arguments: Any) -> KernelError:
+    """The KernelError that `action` must raise when called with the arguments."""
     try:
-        action()
+        action(*arguments)
     except KernelError as error:
         return error
     raise AssertionError("it was not refused")

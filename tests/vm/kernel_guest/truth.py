@@ -13,8 +13,8 @@ import argparse
 import json
 import threading
 
-import workloads
-from tracker import Tracked, fingerprints, verdict
+from tests.vm.kernel_guest import workloads
+from tests.vm.kernel_guest.tracker import Tracked, fingerprints, verdict
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import struct
 import threading
 from collections.abc import Callable
 
-from tracker import SECTOR, run
+from tests.vm.kernel_guest.tracker import SECTOR, run
 
 BLKDISCARD = 0x1277
 BLKZEROOUT = 0x127F

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The host on which the kernel modules are tested, and how the guest programs get there.
+
+Promises that the module under test is the one in module_src, alone on its host: whatever was deployed there is stopped
+first and started again at the end. A host with attached volumes is left alone and the tests fail, because to unload the
+module there would break what those volumes are promised.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from lab import Lab
+from lab.disks import disk_by_number
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST = "beta"
+DISK = disk_by_number(4).guest_path(HOST)
+DIRECTORY = "/run/kernel-test"
+DEVICES = "tests.vm.kernel_guest.devices"
+UNITS = ("breqd.service", "bmigrate-ship.service", "bmigrate-hold.service")
+TROUBLE = re.compile(
+    r"WARNING: |BUG: (?!workqueue lockup|soft lockup)|Oops|general protection|possible (circular|recursive) locking"
+    r"|corruption\.|refcount_t|scheduling while atomic|sleeping function called|use-after-free|cannot create duplicate"
+)
+
+DETACH_ALL = """
+from bmigrate.kernel.channel import Channel
+from bmigrate.kernel.control import Control
+with Control() as control, Channel() as channel:
+    for attachment in control.list():
+        if not attachment.draining:
+            control.detach(attachment.slot, attachment.attachment_id)
+    while True:
+        batch = channel.read_batch()
+        if batch is None:
+            break
+        channel.consumed(batch.seq)
+    assert not control.list()
+"""
+
+
+def build(lab: Lab, directory: Path, name: str = "modules", **variables: str) -> dict[str, Path]:
+    """Build the modules for the guests' kernel: on this machine if it has the headers, else in the guest.
+
+    variables: for make. Returns the path of each .ko, without debug sections.
+    """
+    release = lab.ssh(HOST, "uname -r").stdout.strip()
+    target = directory / name
+    shutil.copytree(ROOT / "module_src", target, ignore=shutil.ignore_patterns("*.ko", "*.o", "*.mod*", "*.cmd"))
+    settings = [f"{key}={value}" for key, value in variables.items()]
+    headers = Path("/lib/modules", release, "build")
+    if headers.is_dir():
+        make = ["make", "-C", str(target), f"KDIR={headers}", *settings]
+        done = subprocess.run(make, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        remote = f"{DIRECTORY}/build-{name}"
+        lab.ssh(HOST, f"rm -rf {remote}; mkdir -p {remote}")
+        unpack(lab, {str(p.relative_to(target)): p for p in target.rglob("*") if p.is_file()}, remote)
+        lab.ssh(HOST, shlex.join(["make", "-C", remote, *settings]), timeout=600)
+        for module in ("bufflink", "reqlog"):
+            lab.get(HOST, f"{remote}/{module}.ko", target / f"{module}.ko")
+    modules = {module: target / f"{module}.ko" for module in ("bufflink", "reqlog")}
+    subprocess.run(["strip", "--strip-debug", *map(str, modules.values())], check=True)
+    return modules
+
+
+def unpack(lab: Lab, files: dict[str, Path], directory: str) -> None:
+    """Put files into a directory of the guest: name there, path here."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, path in files.items():
+            archive.add(path, name)
+    command = [*lab.ssh_argv(HOST), f"mkdir -p {directory} && tar xmf - -C {directory}"]
+    subprocess.run(command, input=buffer.getvalue(), check=True, timeout=120)
+
+
+class Bench:
+    """The host of the kernel tests, with the module under test loaded."""
+
+    def __init__(self, lab: Lab, scratch: Path) -> None:
+        self.lab, self.scratch = lab, scratch
+        self.modules: dict[str, Path] = {}
+        self.stopped: list[str] = []
+        self.was_loaded = False
+
+    def ssh(self, command: str, check: bool = True, timeout: float = 300) -> Any:
+        """A shell command on the host."""
+        return self.lab.ssh(HOST, command, check=check, timeout=timeout)
+
+    def set_up(self) -> None:
+        """Stop what is deployed, ship the programs, build and load the modules."""
+        self.was_loaded = self.ssh("test -e /dev/reqlog", check=False).returncode == 0
+        programs = [*(ROOT / "src").glob("bmigrate/__init__.py"), *(ROOT / "src").glob("bmigrate/kernel/*.py")]
+        files = {str(path.relative_to(ROOT / "src")): path for path in programs}
+        files.update({str(path.relative_to(ROOT)): path for path in ROOT.glob("tests/vm/kernel_guest/*.py")})
+        self.ssh(f"rm -rf {DIRECTORY}")
+        unpack(self.lab, files, DIRECTORY)
+        if self.was_loaded:
+            count = "from bmigrate.kernel.control import Control; print(sum(not a.draining for a in Control().list()))"
+            attached = self.python("-c", count).stdout.strip()
+            assert attached == "0", f"{HOST} has {attached} attached volumes: the kernel tests need a host without"
+        for unit in UNITS:
+            if self.ssh(f"systemctl is-active --quiet {unit}", check=False).returncode == 0:
+                self.ssh(f"systemctl stop {unit}")
+                self.stopped.append(unit)
+        self.modules = build(self.lab, self.scratch)
+        unpack(self.lab, {path.name: path for path in self.modules.values()}, f"{DIRECTORY}/modules")
+        self.load("modules")
+
+    def tear_down(self) -> None:
+        """Leave the host as it was."""
+        self.unload()
+        self.ssh(f"blkdiscard --zeroout {DISK}; rm -rf {DIRECTORY}")
+        if self.was_loaded:
+            self.ssh("modprobe reqlog")
+        for unit in reversed(self.stopped):
+            self.ssh(f"systemctl start {unit}")
+
+    def load(self, name: str, *parameters: str) -> None:
+        """Load the modules in the directory `name` instead of those that are loaded."""
+        self.unload()
+        self.ssh(f"cd {DIRECTORY}/{name} && insmod bufflink.ko && insmod reqlog.ko {' '.join(parameters)}")
+
+    def unload(self) -> None:
+        """Detach everything and unload."""
+        if self.ssh("test -e /dev/reqlog", check=False).returncode == 0:
+            self.python("-c", DETACH_ALL, check=False)
+        self.ssh("for m in reqlog bufflink; do test ! -e /sys/module/$m || rmmod $m || exit; done")
+
+    def python(self, *argv: str, check: bool = True, timeout: float = 600) -> Any:
+        """A Python program in the guest, which finds the bindings and the guest programs."""
+        command = shlex.join(["env", f"PYTHONPATH={DIRECTORY}", "PYTHONDONTWRITEBYTECODE=1", "python3", *argv])
+        return self.ssh(f"cd {DIRECTORY} && {command}", check=check, timeout=timeout)
+
+    def case(self, program: str, case: str, device: str = DISK) -> Any:
+        """Run one case, and look at the kernel log afterwards. Its result."""
+        return json.loads(self.watched(f"case_{program}", case, device))
+
+    def truth(self, workload: str, device: str, seed: int, *options: str) -> dict[str, Any]:
+        """Run a workload on a device while it is tracked. What the log had, and what it missed."""
+        print(f"seed {seed}: {workload} on {device}")
+        output = self.watched("truth", workload, device, "--seed", str(seed), *options)
+        result: dict[str, Any] = json.loads(output)
+        return result
+
+    def watched(self, program: str, *argv: str) -> str:
+        """A guest program that must succeed and leave no trace of trouble in the kernel log. Its last line."""
+        before = self._log()
+        done = self.python("-m", f"tests.vm.kernel_guest.{program}", *argv, check=False)
+        new = self._log()[len(before) :]
+        log = "\n".join(new)
+        assert done.returncode == 0, f"{program} {' '.join(argv)}:\n{done.stdout}{done.stderr}\nkernel log:\n{log}"
+        trouble = [line for line in new if TROUBLE.search(line)]
+        assert not trouble, log
+        return str(done.stdout.strip().splitlines()[-1])
+
+    def _log(self) -> list[str]:
+        return str(self.ssh("dmesg").stdout).splitlines()
+
+    def make_device(self, kind: str) -> str:
+        """A device of another kind; see devices.py."""
+        return str(self.python("-m", DEVICES, "make", kind).stdout.strip().splitlines()[-1])
+
+    def drop_device(self, kind: str) -> None:
+        """Take it away."""
+        self.python("-m", DEVICES, "drop", kind)
