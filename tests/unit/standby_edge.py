@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def install() -> None:
     blockdev.sysfs_dir = _sysfs_dir
     blockdev.open_direct = _open
     blockdev.logical_block_size = _logical_block_size
+    if "EDGE_KILLS_ARE_LOST" in os.environ:  # as if the victim were stuck in the kernel
+        signal.pidfd_send_signal = lambda *_: None
 
 
 def main() -> int:

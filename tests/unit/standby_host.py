@@ -73,6 +73,7 @@ class ServiceManager:
         self.sock.setblocking(False)
         self.stored: dict[str, int] = {}
         self.said: list[str] = []
+        self.remove_delay_seconds = 0.0
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -109,6 +110,7 @@ class ServiceManager:
             if "FDSTORE" in lines:
                 self.stored[lines["FDNAME"]] = fds[0]
             elif "FDSTOREREMOVE" in lines and lines["FDNAME"] in self.stored:
+                time.sleep(self.remove_delay_seconds)
                 os.close(self.stored.pop(lines["FDNAME"]))
 
     def forget(self) -> None:
@@ -160,12 +162,21 @@ class Sender:
             if count == 0:
                 return None
 
-    def hello(self, host: StandbyHost, **changes: Any) -> Frame:
-        """Shake hands; returns WELCOME or ERROR."""
+    def readable(self, limit_seconds: float) -> bool:
+        """Whether anything comes within the time."""
+        assert self.process.stdout is not None
+        return bool(select.select([self.process.stdout.fileno()], [], [], limit_seconds)[0])
+
+    def send_hello(self, host: StandbyHost, **changes: Any) -> None:
+        """Send HELLO."""
         fields: dict[str, Any] = {
             "workload": "wl", "host": "alpha", "generation": GENERATION, "boot_id": "b" * 32, "incarnation": "c" * 32,
             "volumes": [greeting.HelloVolume(name, size, 512, 4096) for name, size in host.volumes.items()]}
         self.send(FrameType.HELLO, payload=greeting.encode(greeting.Hello(**{**fields, **changes})))
+
+    def hello(self, host: StandbyHost, **changes: Any) -> Frame:
+        """Shake hands; returns WELCOME or ERROR."""
+        self.send_hello(host, **changes)
         frame = self.receive()
         assert frame is not None, self.process.stderr and self.process.stderr.read()
         if frame.type is FrameType.WELCOME:

@@ -66,6 +66,23 @@ def test_an_old_receiver_is_dead_before_the_next_session_begins(host: StandbyHos
     assert host.status()["suspect"] is None
 
 
+def test_no_grant_and_no_fence_while_an_old_receiver_lives(tmp_path: Path) -> None:
+    """SIGKILL is not death: a receiver that is stuck in the kernel can still write."""
+    host = StandbyHost(tmp_path)
+    try:
+        host.start(EDGE_KILLS_ARE_LOST="1")
+        old = host.session()
+        new = host.sender()
+        new.send_hello(host, last_session=old.last_session(0))
+        wait(lambda: host.status()["receivers"] == [old.process.pid], "hold to wait for the old receiver")
+        assert not new.readable(1.0) and host.record()["epoch"] == 1
+        old.process.kill()
+        frame = new.receive()
+        assert frame is not None and frame.type is FrameType.WELCOME and frame.epoch == 2
+    finally:
+        host.close()
+
+
 def test_a_stopped_receiver_dies_before_a_fence_is_answered(host: StandbyHost) -> None:
     old = host.session()
     old.process.send_signal(signal.SIGSTOP)
@@ -201,6 +218,15 @@ def test_an_orderly_restart_keeps_the_trust_and_uses_the_closing_note_up(host: S
     assert "lost its exclusive hold" in host.status()["suspect"]
 
 
+def test_the_closing_note_is_used_up_by_a_restart_that_kept_the_descriptor(host: StandbyHost) -> None:
+    host.stop_hold()
+    host.start()
+    host.kill_hold()
+    host.manager.forget()
+    host.start()
+    assert "lost its exclusive hold" in host.status()["suspect"]
+
+
 def test_a_write_between_an_orderly_stop_and_the_next_start_is_noticed(host: StandbyHost) -> None:
     host.stop_hold()
     host.manager.forget()
@@ -312,7 +338,11 @@ def test_hold_takes_all_volumes_or_none(tmp_path: Path) -> None:
                 fcntl.flock(free.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         host.call("hold", workload="wl")
         assert host.status("one")["held"] and host.status("two")["held"]
+        host.manager.remove_delay_seconds = 0.3
         host.call("release", workload="wl")
+        for name in host.volumes:  # free for everybody at the moment of the answer, not some time later
+            with open(host.device(name), "rb") as free:
+                fcntl.flock(free.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         assert not host.status("one")["held"] and not host.stored()
     finally:
         host.close()

@@ -34,6 +34,9 @@ def test_notes_are_read_back_across_sessions(state: Path) -> None:
         for number in range(1, 4):
             acks.note(number)
             assert ackfile.read("wl") == Ack(epoch, number, SESSION, GENERATION)
+            slots = [ackfile.decode(state.read_bytes()[at:][:SLOT_BYTES]) for at in (0, SLOT_BYTES)]
+            if number > 1:  # what was acknowledged before stays whole while the next note is written
+                assert {slot.ack for slot in slots if slot is not None} == {number - 1, number}
         acks.close()
     assert len(state.read_bytes()) == 2 * SLOT_BYTES
 
