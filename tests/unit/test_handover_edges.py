@@ -578,10 +578,15 @@ def test_a_device_that_does_not_fit_blocks(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_predicted_downtime_is_drain_plus_what_the_last_handover_took() -> None:
-    seconds = {step: {"seconds": 1.0} for step in ("quiesce", "commit", "prepare", "promote", "start")}
-    source = preflight_facts("primary", state={"last_handover": {"results": seconds}})
-    found = preflight.predict(config_of("alpha"), source)
+    def record(*steps: str) -> dict[str, Any]:
+        return {"last_handover": {"run_id": "r0", "results": {step: {"seconds": 1.0} for step in steps}}}
+
+    source = preflight_facts("primary", state=record("prepare", "promote", "start"))
+    target = preflight_facts("standby", state=record("quiesce", "drain", "commit"))
+    found = preflight.predict(config_of("alpha"), source, target)
     assert found["downtime_seconds"] == 5.5 and found["measured"]
+    given_up = preflight.predict(config_of("alpha"), preflight_facts("primary", state=record("quiesce")), target)
+    assert given_up["downtime_seconds"] == 0.5 + preflight.UNMEASURED_SECONDS and not given_up["measured"]
     assert preflight.predict(config_of("alpha"), None)["downtime_seconds"] is None
 
 

@@ -23,6 +23,8 @@ Fields = dict[str, Any]
 TOOLS = ("systemctl", "systemd-run", "udevadm", "blkid", "wipefs")
 #: Seconds for stopping, mounting and starting where no earlier handover is on record to measure by.
 UNMEASURED_SECONDS = 10.0
+#: Steps during which the workload is down, the drain apart.
+STOPPED_STEPS = ("quiesce", "prepare", "commit", "promote", "start")
 OWN_START = ("enabled", "enabled-runtime", "linked", "alias")
 
 
@@ -55,7 +57,7 @@ def check(config: Config, mine: Mapping[str, Any], peer: Mapping[str, Any] | Non
         "blockers": problems.blockers,
         "warnings": problems.warnings,
         "verdict": verdict,
-        "prediction": predict(config, source),
+        "prediction": predict(config, source, target),
     }
 
 
@@ -309,20 +311,42 @@ def _pair(problems: _Problems, source: Mapping[str, Any], target: Mapping[str, A
                 )
 
 
-def predict(config: Config, source: Mapping[str, Any] | None) -> Fields:
-    """Predicted downtime in seconds, from the shipper's drain and the last handover's phases."""
+def predict(config: Config, source: Mapping[str, Any] | None, target: Mapping[str, Any] | None = None) -> Fields:
+    """Predicted downtime in seconds: the shipper's drain, and what the other steps took the last time.
+
+    Args:
+        source, target: facts of both; the steps of the last handover are recorded on the two hosts.
+
+    Returns:
+        ``measured`` is False when no whole handover is on record; the time between the steps, which
+        the controller takes, is never part of it.
+    """
     session = discover.session(dict(source)) if source else None
     drain = (session or {}).get("predicted_drain_seconds")
-    last = ((source or {}).get("state") or {}).get("last_handover") or {}
-    rest = 0.0
-    for step in ("quiesce", "commit", "prepare", "promote", "start"):
-        rest += float(last.get("results", {}).get(step, {}).get("seconds", 0.0))
+    steps = _last_steps(source, target)
+    rest = sum(steps.values()) if len(steps) == len(STOPPED_STEPS) else None
     return {
         "drain_seconds": drain,
-        "other_phases_seconds": round(rest, 3) if rest else None,
-        "downtime_seconds": round(float(drain) + (rest or UNMEASURED_SECONDS), 3) if drain is not None else None,
-        "measured": bool(rest),
+        "other_phases_seconds": round(rest, 3) if rest is not None else None,
+        "downtime_seconds": round(float(drain) + (UNMEASURED_SECONDS if rest is None else rest), 3)
+        if drain is not None
+        else None,
+        "measured": rest is not None,
         "lag_seconds": (session or {}).get("lag_seconds"),
         "bytes_left": (session or {}).get("bytes_left"),
         "max_downtime_seconds": config.limits.max_downtime_seconds,
     }
+
+
+def _last_steps(source: Mapping[str, Any] | None, target: Mapping[str, Any] | None) -> dict[str, float]:
+    """Seconds that each step took in the last handover that both hosts finished."""
+    records = [((facts or {}).get("state") or {}).get("last_handover") or {} for facts in (source, target)]
+    if len({record.get("run_id") for record in records}) != 1:
+        return {}
+    found = {}
+    for record in records:
+        for step in STOPPED_STEPS:
+            seconds = (record.get("results", {}).get(step) or {}).get("seconds")
+            if seconds is not None:
+                found[step] = float(seconds)
+    return found
