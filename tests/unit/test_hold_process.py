@@ -74,8 +74,9 @@ def test_no_grant_and_no_fence_while_an_old_receiver_lives(tmp_path: Path) -> No
         old = host.session()
         new = host.sender()
         new.send_hello(host, last_session=old.last_session(0))
-        wait(lambda: host.status()["receivers"] == [old.process.pid], "hold to wait for the old receiver")
-        assert not new.readable(1.0) and host.record()["epoch"] == 1
+        wait(lambda: host.status()["waiting"] == 1, "hold to wait for the old receiver")
+        assert not new.readable(1.0)
+        assert host.status()["receivers"] == [old.process.pid] and host.record()["epoch"] == 1
         old.process.kill()
         frame = new.receive()
         assert frame is not None and frame.type is FrameType.WELCOME and frame.epoch == 2

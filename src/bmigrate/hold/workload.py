@@ -300,7 +300,7 @@ class Workload:
                 "continuous": device is not None and suspect is None and same, "suspect": suspect,
                 "sealed": self.record.sealed is not None, "epoch": self.record.epoch,
                 "session_open": self.record.session_open,
-                "receivers": [receiver.pid for receiver in self.receivers.alive],
+                "receivers": [receiver.pid for receiver in self.receivers.alive], "waiting": len(self._waiting),
                 "error": error.to_dict() if error is not None and device is None else None,
             })
         return found
