@@ -262,6 +262,13 @@ def validate(data: Any, source: str) -> None:
             raise _wrong(source, f"mounts.{index}.volume", f"{mount['volume']!r} is not one of the volumes {names}")
     if data.get("services") and not data.get("mounts"):
         raise _wrong(source, "services", "services without a mount have nothing to fail over with")
+    if data.get("on_silent_peer", "start") != "start":
+        # Only a promotion without the source could make waiting necessary, and that is refused as well.
+        raise RefusedError(
+            f"{source}: on_silent_peer: {data['on_silent_peer']!r} is not supported yet",
+            hint="use 'start'",
+            reason="not_supported",
+        )
     if data.get("transport", "openssh") != "openssh":
         raise RefusedError(
             f"{source}: transport: {data['transport']!r} is not supported yet",
