@@ -135,6 +135,14 @@ def test_the_end_of_the_far_end_is_the_end_of_file_and_its_last_words_are_kept(
     stream.close()
 
 
+def test_the_receivers_own_log_is_no_reason(maker: Callable[[str], Transport], config: Config) -> None:
+    """breceive was killed: its last log line was good news, and must not read like the cause."""
+    stream = maker("echo 'breceive: workload wl: session 1 of epoch 7 with alpha' >&2; exit 137").open(config)
+    assert _read(stream, 1) == b""
+    assert "session" not in stream.failure().message
+    stream.close()
+
+
 @pytest.mark.parametrize(
     ("said", "kind", "reason"),
     [

@@ -326,7 +326,8 @@ class Engine(threading.Thread):
         volumes = [volume for volume in session.volumes if volume.name in reasons]
         if not volumes:
             return False
-        _log.warning("workload %s: resync of %s", self.config.workload, ", ".join(sorted(reasons)))
+        for name, reason in sorted(reasons.items()):
+            _log.warning("workload %s: volume %s is compared by checksum: %s", self.config.workload, name, reason)
         self.activity = "resyncing"
         self.progress = {"done_bytes": 0, "total_bytes": sum(volume.size_bytes for volume in volumes)}
         self.trend.disconnected()

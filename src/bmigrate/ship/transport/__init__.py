@@ -70,8 +70,13 @@ def create(name: str) -> Transport:
 
 
 def closed_by_peer(host: str, tail: str) -> UnreachableError:
-    """The error for a connection that ended without a reason that we know."""
-    said = f": {tail.strip().splitlines()[-1]}" if tail.strip() else ""
+    """The error for a connection that ended without a reason that we know.
+
+    What breceive logs is left out: it says why it ends in an ERROR frame, and its log here would only be
+    the last good news before it was killed.
+    """
+    words = [line.strip() for line in tail.splitlines() if line.strip() and not line.startswith("breceive:")]
+    said = f": {words[-1]}" if words else ""
     return UnreachableError(
         f"the connection to {host} ended{said}",
         host=host,
