@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ class FakeBreqd:
     Attributes:
         log: completed writes that the maps do not know yet: (volume, offset, length).
         hold_log: while set, nothing but a barrier consumes the log.
+        before_barrier: called when a barrier is asked for.
     """
 
     def __init__(self, path: Path, workload: str, volumes: dict[str, int]) -> None:
@@ -80,6 +82,7 @@ class FakeBreqd:
         self.lock = threading.RLock()
         self.log: collections.deque[tuple[str, int, int]] = collections.deque()
         self.hold_log = threading.Event()
+        self.before_barrier: Callable[[], None] = lambda: None
         self.seeds = 1
         self.calls: collections.Counter[str] = collections.Counter()
         self._stop = threading.Event()
@@ -194,6 +197,7 @@ class FakeBreqd:
         return {}
 
     def _op_barrier(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.before_barrier()
         self.consume()
         return {"total_records": {key[1]: item.records for key, item in self.items.items()}}
 

@@ -23,6 +23,7 @@ from bmigrate.ship.pacer import Pacer
 from bmigrate.ship.passes import PassResult, run_pass
 from bmigrate.ship.session import Session
 from bmigrate.ship.source import SourceVolume
+from bmigrate.ship.tracker import Snapshot
 from bmigrate.wire import frames
 from bmigrate.wire.frames import FrameType
 
@@ -56,15 +57,6 @@ def drain(
         BmigrateError: the session is over.
     """
     began = time.monotonic()
-    before = session.snapshot()
-    for name, reason in {**session.standby_suspects, **before.suspects}.items():
-        raise SuspectError(
-            f"a drain needs a volume that is in step; this one is suspect: {reason}",
-            volume=name,
-            hint="let the resync finish: bmigrate sync --wait",
-            reason="suspect",
-        )
-    left = before.left_bytes
     ledger = Ledger()
     total = PassResult()
     passes = 0
@@ -88,12 +80,13 @@ def drain(
             )
 
     counts = barrier()
+    left = _trusted(session).left_bytes  # after the barrier: what the unmount wrote is counted too
     faults.point("ship.drain_barrier")
     for _ in range(MAX_ROUNDS):
         passes += _until_clean(session, pacer, ledger, total, check, lambda: progress(total.data_bytes, left))
         faults.point("ship.drain_clean")
         again = barrier()
-        if again == counts and not session.snapshot().left_bytes:
+        if again == counts and not _trusted(session).left_bytes:
             break
         counts = again
     else:
@@ -113,6 +106,23 @@ def drain(
         "digest": ledger.digest(),
         "epoch": session.epoch,
     }
+
+
+def _trusted(session: Session) -> Snapshot:
+    """breqd's view, of volumes that nobody suspects.
+
+    Raises:
+        SuspectError: a volume is suspect, here or on the standby.
+    """
+    snapshot = session.snapshot()
+    for name, reason in {**session.standby_suspects, **snapshot.suspects}.items():
+        raise SuspectError(
+            f"a drain needs a volume that is in step; this one is suspect: {reason}",
+            volume=name,
+            hint="let the resync finish: bmigrate sync --wait",
+            reason="suspect",
+        )
+    return snapshot
 
 
 def _until_clean(
