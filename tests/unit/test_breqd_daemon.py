@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -351,7 +352,7 @@ def test_bad_requests_are_answered_and_do_no_harm(host: Host) -> None:
     host.call("attach", workload="w", volume="a", mode="seed")
     host.call("fence", workload="w", epoch=1, fence_id="x")
     good = {"workload": "w", "volume": "a"}
-    bad = [
+    bad: list[tuple[str, dict[str, Any]]] = [
         ("nonsense", good),
         ("attach", {}),
         ("attach", {**good, "mode": "maybe"}),

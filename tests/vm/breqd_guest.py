@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, "/usr/lib/bmigrate/bmigrate.pyz")
@@ -30,7 +31,10 @@ from bmigrate.common.errors import BmigrateError
 
 BLKZEROOUT, BLKDISCARD = 0x127F, 0x1277
 MIB = 1 << 20
-LIMIT_SECONDS = 120.0
+LIMIT_SECONDS = 300.0
+HOT_SECTORS = 16 * MIB // 512
+RING_LIMIT = Path("/sys/module/reqlog/parameters/ring_limit")
+REQUESTS_A_SESSION, REQUESTS_OVERFLOW = 500, 2500
 
 
 class Device:
@@ -58,13 +62,16 @@ class Device:
 
 
 class Writer(threading.Thread):
-    """512 B to 1 MiB, overlapping, with zero-outs and discards; one in two near the start, where the shipper is."""
+    """512 B to 1 MiB, overlapping, with zero-outs and discards; most near the start, where the shipper is.
+
+    It may only make so many requests as it is granted: a device that is dirty all over proves nothing.
+    """
 
     def __init__(self, device: Device, seed: float) -> None:
         super().__init__(daemon=True)
         self.device, self.rng = device, random.Random(seed)
         self.stopping = threading.Event()
-        self.requests = 0
+        self.requests = self.granted = 0
         self.pattern = mmap.mmap(-1, 2 * MIB)
         self.pattern.write(os.urandom(2 * MIB))
 
@@ -72,8 +79,12 @@ class Writer(threading.Thread):
         """Write until told to stop."""
         sectors = self.device.size // 512
         while not self.stopping.is_set():
-            length = min(self.rng.choice([1, 1, 7, 8, 8, 8, 64, 256, 2048]), sectors)
-            start = self.rng.randrange((sectors if self.rng.random() < 0.5 else min(sectors, 16384)) - length + 1)
+            if self.requests >= self.granted:
+                time.sleep(0.001)
+                continue
+            length = self.rng.choice([1, 1, 7, 8, 8, 8, 16, 64] if self.rng.random() < 0.99 else [256, 2048])
+            reach = sectors if self.rng.random() < 0.02 else min(sectors, HOT_SECTORS)
+            start = self.rng.randrange(reach - length + 1)
             kind = self.rng.random()
             try:
                 if kind < 0.9:
@@ -108,7 +119,9 @@ class Trial:
         self.rng = random.Random(seed)
         self.replica = bytearray(self.device.size)
         self.epoch = 0
-        self.result: dict[str, Any] = {"kills": 0, "redirtied_claimed_blocks": 0, "claims": 0, "problems": []}
+        self.result: dict[str, Any] = {
+            "kills": 0, "outstanding_at_kills": 0, "redirtied_claimed_blocks": 0, "claims": 0, "problems": []
+        }  # fmt: skip
 
     def call(self, client: rpc.Client, op: str, **fields: Any) -> dict[str, Any]:
         """One request about this volume."""
@@ -123,30 +136,40 @@ class Trial:
             return None
         return next((item for item in answer["volumes"] if item["volume"] == self.volume and item["attached"]), None)
 
-    def session(self, claims: int, kill_inside: bool = False) -> int:
-        """Fence, then claim, read, copy and acknowledge; returns how many claims were made."""
+    def session(self, claims: int, victim: Writer | None = None) -> int:
+        """Fence, then claim, read, copy and acknowledge; returns how many claims were made.
+
+        Args:
+            victim: kill breqd when that many claims were made and one is outstanding, while this
+                writer works; it is granted more requests whenever nothing is dirty.
+        """
         wait(self.status, "breqd to be back")
         with rpc.Client(paths.breqd_socket(), 60.0) as client:
             highest = (self.status() or {}).get("highest_epoch") or 0
             self.epoch = max(self.epoch, highest) + 1
             client.call("fence", workload=self.workload, epoch=self.epoch, fence_id=str(self.epoch))
-            for number in range(claims):
-                taken = self.call(
-                    client, "claim", epoch=self.epoch, max_bytes=self.rng.choice([4096, MIB, 4 * MIB]),
-                    from_offset_bytes=0,
-                )  # fmt: skip
+            made = 0
+            while made < claims:
+                size = self.rng.choice([4096, 65536, MIB])
+                taken = self.call(client, "claim", epoch=self.epoch, max_bytes=size, from_offset_bytes=0)
                 if taken["claim"] is None:
-                    return number
+                    if victim is None:
+                        break
+                    victim.granted += 20
+                    time.sleep(0.01)
+                    continue
+                made += 1
                 self.result["claims"] += 1
                 for offset, length in taken["extents"]:
                     self.replica[offset : offset + length] = self.device.read(offset, length)
-                if kill_inside and number == claims // 2:
-                    self.result["redirtied_claimed_blocks"] += (self.status() or {})["redirtied_claimed_blocks"]
-                    # A claim is outstanding, and the writer fills the log: that is the moment.
+                if victim is not None and made == claims:
+                    status = self.status() or {}
+                    self.result["redirtied_claimed_blocks"] += status["redirtied_claimed_blocks"]
+                    self.result["outstanding_at_kills"] += status["claims_outstanding"]
                     self.kill(signal.SIGKILL)
-                    return number
+                    break
                 self.call(client, "ack", claim=taken["claim"])
-        return claims
+        return made
 
     def kill(self, number: int) -> None:
         """Signal breqd's main process."""
@@ -191,7 +214,7 @@ class Trial:
         """With the writer stopped: barrier, ship all, barrier; then nothing may differ."""
         with rpc.Client(paths.breqd_socket(), 60.0) as client:
             before = client.call("barrier", workload=self.workload, drain=True)["total_records"]
-        while self.session(1000) == 1000:
+        while self.session(100000) == 100000:
             pass
         with rpc.Client(paths.breqd_socket(), 60.0) as client:
             after = client.call("barrier", workload=self.workload, drain=True)["total_records"]
@@ -213,7 +236,8 @@ def main() -> None:
         writer = Writer(trial.device, trial.rng.random())
         writer.start()
         for _ in range(3):
-            trial.session(trial.rng.randint(4, 20), kill_inside=True)
+            writer.granted += REQUESTS_A_SESSION
+            trial.session(trial.rng.randint(4, 20), writer)
         writer.stopping.set()
         writer.join()
         written += writer.requests
@@ -221,11 +245,16 @@ def main() -> None:
         trial.check(f"round {number}")
         trial.drain()
     writer = Writer(trial.device, trial.rng.random())
-    writer.start()
+    limit = RING_LIMIT.read_text()
     trial.kill(signal.SIGSTOP)
-    before = writer.requests
-    wait(lambda: writer.requests - before > 12000 or None, "enough writes while breqd is stopped")
-    trial.kill(signal.SIGCONT)
+    try:
+        RING_LIMIT.write_text("64")
+        writer.granted = REQUESTS_OVERFLOW
+        writer.start()
+        wait(lambda: writer.requests == REQUESTS_OVERFLOW, "the writes while breqd is stopped")
+    finally:
+        RING_LIMIT.write_text(limit)
+        trial.kill(signal.SIGCONT)
     writer.stopping.set()
     writer.join()
     written += writer.requests

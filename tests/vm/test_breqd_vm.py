@@ -99,13 +99,13 @@ def test_what_differs_is_dirty_however_often_breqd_is_killed(tracked: Lab) -> No
         "alpha",
         f"python3 /run/breqd_guest.py {DISK.guest_path('alpha')} probe small {SEED} 3",
         check=False,
-        timeout=800,
+        timeout=850,
     )
     assert run.returncode == 0, run.stdout + run.stderr + tracked.ssh("alpha", "journalctl -u breqd -n 50").stdout
     result = json.loads(run.stdout.splitlines()[-1])
     print(json.dumps(result, indent=1))
     assert result["problems"] == []
-    assert result["kills"] == 9
+    assert result["kills"] == 9 == result["outstanding_at_kills"]
     assert result["suspect"] is None and result["same_attachment"], "a kill is not a lapse of tracking"
     assert result["seeds"] == 0, "a full copy would hide what was lost"
     assert all(check["differing_sectors"] > 0 for check in result["checks"]), "nothing was written: nothing was tested"
