@@ -31,6 +31,9 @@ DISK = 2
 BLOCK = 4096
 HOSTS = ("alpha", "beta")
 LIMIT_SECONDS = 240.0
+# What a call says of a daemon that is on its way up: no socket, nobody there, nothing attached yet.
+BEING_STARTED = ("ConnectionRefusedError", "FileNotFoundError", "ConnectionResetError", "closed the connection")
+SESSION_OVER = ("restarted", "disconnected", "not_fenced", "stale_epoch")
 UNITS = {"breqd": "breqd.service", "hold": "bmigrate-hold.service", "ship": "bmigrate-ship.service"}
 
 
@@ -184,9 +187,22 @@ class Rig:
         assert not check or done["returncode"] == 0, f"{host}: {argv} exited with {done['returncode']}: {done}"
         return str(done["stdout"])
 
+    def _call(self, host: str, do: str, **fields: Any) -> dict[str, Any]:
+        """Have an agent call a daemon; one that is being started again is waited for."""
+
+        def answered() -> dict[str, Any]:
+            try:
+                return dict(self.agents[host].call(do, **fields))
+            except LabError as error:
+                if any(word in str(error) for word in BEING_STARTED):
+                    return {}
+                raise
+
+        return wait(answered, LIMIT_SECONDS, f"a daemon on {host} to answer {do} {fields}", 0.2)
+
     def _ask(self, host: str, sock: str, op: str, fields: dict[str, Any]) -> dict[str, Any]:
         timeout = fields.pop("timeout_seconds", 60.0)
-        answer = self.agents[host].call("rpc", sock=sock, op=op, fields=fields, timeout_seconds=timeout)
+        answer = self._call(host, "rpc", sock=sock, op=op, fields=fields, timeout_seconds=timeout)
         if not answer.get("ok"):
             raise Refused(host, f"{sock} {op}", answer.get("error") or {})
         return dict(answer)
@@ -211,8 +227,7 @@ class Rig:
 
     def tracked(self, host: str) -> dict[str, Any]:
         """What breqd says of the fault volume."""
-        seen: dict[str, Any] = self.agents[host].call("tracked", workload=WORKLOAD, volume=self.volume)
-        return seen
+        return self._call(host, "tracked", workload=WORKLOAD, volume=self.volume)
 
     def shipping(self, host: str) -> dict[str, Any]:
         """What the ship daemon says of the fault workload."""
@@ -270,17 +285,7 @@ class Rig:
 
     def wait_breqd(self, host: str) -> None:
         """Wait until breqd answers."""
-
-        def answers() -> bool:
-            try:
-                self.breqd(host, "status")
-            except LabError as error:
-                if "ConnectionRefused" in str(error) or "FileNotFound" in str(error):
-                    return False
-                raise
-            return True
-
-        wait(answers, LIMIT_SECONDS, f"breqd on {host} to answer", 0.3)
+        self.breqd(host, "status")
 
     # -- waiting -------------------------------------------------------------------------------------------------
 
@@ -322,9 +327,23 @@ class Rig:
         return {number for number in range(blocks) if bits[number // 8] >> (number % 8) & 1}
 
     def drain(self, host: str, limit_seconds: float = LIMIT_SECONDS) -> dict[str, Any]:
-        """Drain and leave the workload sealed: `unseal` goes on. The writer must be paused."""
-        run_id = uuid.uuid4().hex
-        return self.ship(host, "drain", workload=WORKLOAD, run_id=run_id, timeout_seconds=limit_seconds)
+        """Drain and leave the workload sealed: `unseal` goes on. The writer must be paused.
+
+        A session that ends in the middle of it (a daemon was started again) is no failure: it is asked for once more.
+        """
+
+        def drained() -> dict[str, Any]:
+            try:
+                return self.ship(
+                    host, "drain", workload=WORKLOAD, run_id=uuid.uuid4().hex, timeout_seconds=limit_seconds
+                )
+            except Refused as refused:
+                if refused.error.get("code") == "unreachable" or refused.error.get("reason") in SESSION_OVER:
+                    print(f"drain: {refused.error}", flush=True)
+                    return {}
+                raise
+
+        return wait(drained, limit_seconds, f"a drain on {host}", 1.0)
 
     def unseal(self, host: str) -> None:
         """Ship again after a drain."""

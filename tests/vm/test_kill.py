@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lab import LabError, wait
-from tests.vm.rig import LIMIT_SECONDS, UNITS, WORKLOAD, Rig
+from tests.vm.rig import BEING_STARTED, LIMIT_SECONDS, UNITS, WORKLOAD, Rig
 from tests.vm.rounds import Round
 
 pytestmark = pytest.mark.vm
@@ -75,9 +75,14 @@ def kill_at_a_moment(around: Round, target: str) -> dict[str, Any]:
             continue
         who = {"pid": victim["pid"], "ticks": victim["ticks"], "number": int(signal.SIGKILL)}
         if host == primary:
-            seen = rig.agents[host].call(
-                "kill_when_outstanding", workload=WORKLOAD, volume=rig.volume, limit_seconds=20.0, **who
-            )
+            try:
+                seen = rig.agents[host].call(
+                    "kill_when_outstanding", workload=WORKLOAD, volume=rig.volume, limit_seconds=20.0, **who
+                )
+            except LabError as error:
+                if not any(word in str(error) for word in BEING_STARTED):
+                    raise
+                seen = None
             if seen is None:
                 continue
             around.redirtied.see(seen)

@@ -40,7 +40,7 @@ def test_link_cut_for_20_seconds(rig: Rig) -> None:
         print(
             f"link: {claimed} bytes claimed at the cut; {during} operations in {seconds:.0f} s without it", flush=True
         )
-        # 400 a second are asked for; a writer that waits for the network does none.
+        # 300 a second are asked for; a writer that waits for the network does none.
         assert during > 20 * seconds, "the writer was held up by the cut"
         around.until_new_session(epoch)
         around.writer.wait_more(100)
