@@ -146,14 +146,14 @@ class Demo:
         return [event for path in sorted(self.directory.glob("client-*.events")) for event in ledger.read_events(path)]
 
     def converge_span(self, source: str) -> tuple[float, float]:
-        """Begin and end of the converge phase on the client's clock."""
+        """From the opening of the handover to the order to stop, on the client's clock: converging, service running."""
         began = time.monotonic()
         text = self.box.ssh(source, f"date +%s.%N; cat /var/lib/bmigrate/{WORKLOAD}/state.json").stdout
         ended = time.monotonic()
         clock, _, state = text.partition("\n")
         offset = (began + ended) / 2 - float(clock)
-        record = json.loads(state)["last_handover"]["results"]["converge"]
-        return record["started_at"] + offset, record["finished_at"] + offset
+        results = json.loads(state)["last_handover"]["results"]
+        return results["begin"]["started_at"] + offset, results["quiesce"]["stopped_at"] + offset
 
     # -- the checker must be able to fail ----------------------------------------------------------------------
 
