@@ -47,6 +47,12 @@ with Control() as control, Channel() as channel:
     assert not control.list()
 """
 
+PYTHON = f"env PYTHONPATH={DIRECTORY} PYTHONDONTWRITEBYTECODE=1 python3"
+UNLOAD = (
+    f"if test -e /dev/reqlog; then {PYTHON} -c {shlex.quote(DETACH_ALL)} || true; fi && "
+    "for m in reqlog bufflink; do test ! -e /sys/module/$m || rmmod $m || exit; done"
+)
+
 
 def build(lab: Lab, directory: Path, name: str = "modules", **variables: str) -> dict[str, Path]:
     """Build the modules for the guests' kernel: on this machine if it has the headers, else in the guest.
@@ -92,6 +98,7 @@ class Bench:
         self.modules: dict[str, Path] = {}
         self.stopped: list[str] = []
         self.was_loaded = False
+        self.outcomes: dict[str, Any] = {}
 
     def ssh(self, command: str, check: bool = True, timeout: float = 300) -> Any:
         """A shell command on the host."""
@@ -103,48 +110,45 @@ class Bench:
         programs = [*(ROOT / "src").glob("bmigrate/__init__.py"), *(ROOT / "src").glob("bmigrate/kernel/*.py")]
         files = {str(path.relative_to(ROOT / "src")): path for path in programs}
         files.update({str(path.relative_to(ROOT)): path for path in ROOT.glob("tests/vm/kernel_guest/*.py")})
+        self.modules = build(self.lab, self.scratch)
+        files.update({f"modules/{path.name}": path for path in self.modules.values()})
         self.ssh(f"rm -rf {DIRECTORY}")
         unpack(self.lab, files, DIRECTORY)
         if self.was_loaded:
             count = "from bmigrate.kernel.control import Control; print(sum(not a.draining for a in Control().list()))"
             attached = self.python("-c", count).stdout.strip()
             assert attached == "0", f"{HOST} has {attached} attached volumes: the kernel tests need a host without"
-        for unit in UNITS:
-            if self.ssh(f"systemctl is-active --quiet {unit}", check=False).returncode == 0:
-                self.ssh(f"systemctl stop {unit}")
-                self.stopped.append(unit)
-        self.modules = build(self.lab, self.scratch)
-        unpack(self.lab, {path.name: path for path in self.modules.values()}, f"{DIRECTORY}/modules")
+        stop = "for u in $UNITS; do if systemctl is-active --quiet $u; then systemctl stop $u && echo $u; fi; done"
+        self.stopped = self.ssh(f"UNITS={shlex.quote(' '.join(UNITS))}; {stop}").stdout.split()
         self.load("modules")
 
     def tear_down(self) -> None:
         """Leave the host as it was."""
         self.unload()
-        self.ssh(f"blkdiscard --zeroout {DISK}; rm -rf {DIRECTORY}")
-        if self.was_loaded:
-            self.ssh("modprobe reqlog")
-        for unit in reversed(self.stopped):
-            self.ssh(f"systemctl start {unit}")
+        again = ["modprobe reqlog"] if self.was_loaded else []
+        again += [f"systemctl start {unit}" for unit in reversed(self.stopped)]
+        self.ssh(" && ".join([f"blkdiscard --zeroout {DISK}", f"rm -rf {DIRECTORY}", *again]))
 
     def load(self, name: str, *parameters: str) -> None:
         """Load the modules in the directory `name` instead of those that are loaded."""
-        self.unload()
-        self.ssh(f"cd {DIRECTORY}/{name} && insmod bufflink.ko && insmod reqlog.ko {' '.join(parameters)}")
+        insert = f"cd {DIRECTORY}/{name} && insmod bufflink.ko && insmod reqlog.ko {' '.join(parameters)}"
+        self.ssh(f"{UNLOAD} && {insert}")
 
     def unload(self) -> None:
         """Detach everything and unload."""
-        if self.ssh("test -e /dev/reqlog", check=False).returncode == 0:
-            self.python("-c", DETACH_ALL, check=False)
-        self.ssh("for m in reqlog bufflink; do test ! -e /sys/module/$m || rmmod $m || exit; done")
+        self.ssh(UNLOAD)
 
     def python(self, *argv: str, check: bool = True, timeout: float = 600) -> Any:
         """A Python program in the guest, which finds the bindings and the guest programs."""
-        command = shlex.join(["env", f"PYTHONPATH={DIRECTORY}", "PYTHONDONTWRITEBYTECODE=1", "python3", *argv])
-        return self.ssh(f"cd {DIRECTORY} && {command}", check=check, timeout=timeout)
+        return self.ssh(f"cd {DIRECTORY} && {PYTHON} {shlex.join(argv)}", check=check, timeout=timeout)
 
-    def case(self, program: str, case: str, device: str = DISK) -> Any:
-        """Run one case, and look at the kernel log afterwards. Its result."""
-        return json.loads(self.watched(f"case_{program}", case, device))
+    def case(self, program: str, case: str) -> Any:
+        """The result of one case. The first one that is asked for runs all of its program."""
+        if program not in self.outcomes:
+            self.outcomes[program] = json.loads(self.watched(f"case_{program}", DISK))
+        outcome = self.outcomes[program][case]
+        assert "result" in outcome, outcome["error"]
+        return outcome["result"]
 
     def truth(self, workload: str, device: str, seed: int, *options: str) -> dict[str, Any]:
         """Run a workload on a device while it is tracked. What the log had, and what it missed."""
@@ -155,17 +159,12 @@ class Bench:
 
     def watched(self, program: str, *argv: str) -> str:
         """A guest program that must succeed and leave no trace of trouble in the kernel log. Its last line."""
-        before = self._log()
-        done = self.python("-m", f"tests.vm.kernel_guest.{program}", *argv, check=False)
-        new = self._log()[len(before) :]
-        log = "\n".join(new)
-        assert done.returncode == 0, f"{program} {' '.join(argv)}:\n{done.stdout}{done.stderr}\nkernel log:\n{log}"
-        trouble = [line for line in new if TROUBLE.search(line)]
-        assert not trouble, log
-        return str(done.stdout.strip().splitlines()[-1])
-
-    def _log(self) -> list[str]:
-        return str(self.ssh("dmesg").stdout).splitlines()
+        answer = self.python("-m", "tests.vm.kernel_guest.watched", program, *argv, timeout=850).stdout
+        done = json.loads(answer.strip().splitlines()[-1])
+        log = "\n".join(done["log"])
+        assert done["status"] == 0, f"{program} {' '.join(argv)}:\n{done['output']}{done['errors']}\nkernel log:\n{log}"
+        assert not TROUBLE.search(log), log
+        return str(done["output"].strip().splitlines()[-1])
 
     def make_device(self, kind: str) -> str:
         """A device of another kind; see devices.py."""

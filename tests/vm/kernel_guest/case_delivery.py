@@ -207,7 +207,7 @@ def overflow_in_two_phases(device: str) -> dict[str, Any]:
         first = next_batch(channel)
         assert first.widened, first
         widened = [r for r in first.records if r["flags"] & abi.FLAG_WIDENED]
-        assert ranges_of(widened) == [(5 * region_sectors, region_sectors)], widened
+        assert _ranges_of(widened) == [(5 * region_sectors, region_sectors)], widened
         assert not channel.passed(before), "handed out, not consumed"
         for _ in range(filling):
             write(device, 5 * region_sectors + 9)
@@ -217,7 +217,7 @@ def overflow_in_two_phases(device: str) -> dict[str, Any]:
         assert not channel.passed(between), "the region was written again after it was handed out"
         second = next_batch(channel)
         widened = [r for r in second.records if r["flags"] & abi.FLAG_WIDENED]
-        assert ranges_of(widened) == [(5 * region_sectors, region_sectors)], widened
+        assert _ranges_of(widened) == [(5 * region_sectors, region_sectors)], widened
         assert not channel.passed(between)
         channel.consumed(second.seq)
         empty(channel)
@@ -227,7 +227,7 @@ def overflow_in_two_phases(device: str) -> dict[str, Any]:
         return {"slot": attachment.slot, "sweeps": stats.sweeps_done}
 
 
-def ranges_of(records: list[Any]) -> list[tuple[int, int]]:
+def _ranges_of(records: list[Any]) -> list[tuple[int, int]]:
     """(sector, nr_sectors) of records."""
     return [(int(r["sector"]), int(r["nr_sectors"])) for r in records]
 

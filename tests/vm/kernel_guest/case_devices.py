@@ -20,7 +20,7 @@ from bmigrate.kernel.channel import Batch, Channel
 from bmigrate.kernel.control import Attachment, Control
 from tests.vm.kernel_guest import devices
 from tests.vm.kernel_guest.cases import RING_LIMIT, attach, empty, main, ranges, wait_for, write
-from tests.vm.kernel_guest.tracker import run
+from tests.vm.kernel_guest.command import run
 
 SG_IO = 0x2285
 NO_DATA, TO_DEVICE, FROM_DEVICE = -1, -2, -3
@@ -55,7 +55,7 @@ class SgHeader(ctypes.Structure):
     ]
 
 
-def scsi_command(device: str, command: bytes, direction: int, data: bytes = b"") -> int:
+def _scsi_command(device: str, command: bytes, direction: int, data: bytes = b"") -> int:
     """Send a SCSI command past the block layer; its status."""
     buffer = ctypes.create_string_buffer(data, max(1, len(data)))
     sense = ctypes.create_string_buffer(64)
@@ -80,7 +80,7 @@ def scsi_command(device: str, command: bytes, direction: int, data: bytes = b"")
 
 
 @contextmanager
-def scsi_disk(*options: str) -> Iterator[str]:
+def _scsi_disk(*options: str) -> Iterator[str]:
     """A scsi_debug disk of 64 MiB."""
     devices.drop_scsi()
     path = devices.scsi(*options)
@@ -91,7 +91,7 @@ def scsi_disk(*options: str) -> Iterator[str]:
 
 
 @contextmanager
-def attachment_of(path: str, region_bytes: int = 65536) -> Iterator[tuple[Attachment, Control, Channel]]:
+def _attachment_of(path: str, region_bytes: int = 65536) -> Iterator[tuple[Attachment, Control, Channel]]:
     """The device, attached, with an empty log."""
     with Control() as control, Channel() as channel:
         empty(channel)
@@ -115,12 +115,12 @@ def _whole(batches: list[Batch], attachment: Attachment) -> bool:
 
 def passthrough(device: str) -> dict[str, Any]:
     """A command past the block layer marks everything, unless it only brings data; a barrier waits for the mark."""
-    with scsi_disk() as disk, attachment_of(disk) as (attachment, control, channel):
+    with _scsi_disk() as disk, _attachment_of(disk) as (attachment, control, channel):
         results: dict[str, Any] = {}
 
         def send(name: str, command: bytes, direction: int, data: bytes = b"") -> None:
             before = control.stats(attachment.slot).passthrough
-            status = scsi_command(disk, command, direction, data)
+            status = _scsi_command(disk, command, direction, data)
             barrier = channel.barrier()
             passed_at_once = channel.passed(barrier)
             batches = empty(channel)
@@ -145,7 +145,7 @@ def failed_writes(device: str) -> dict[str, Any]:
     devices.drop_null()
     disk = devices.null_disk()
     try:
-        with attachment_of(disk) as (attachment, control, channel):
+        with _attachment_of(disk) as (attachment, control, channel):
             (devices.NULL_DISK / "badblocks").write_text("+4100-4101")
             results: dict[str, Any] = {}
             for name, limit in (("ring", "0"), ("overflow", "1")):
@@ -208,7 +208,7 @@ def grown(device: str) -> dict[str, Any]:
         file.truncate(1 << 20)
     loop = run("losetup", "--find", "--show", str(image)).strip()
     try:
-        with attachment_of(loop) as (attachment, control, channel):
+        with _attachment_of(loop) as (attachment, control, channel):
             with image.open("r+b") as file:
                 file.truncate(2 << 20)
             run("losetup", "--set-capacity", loop)

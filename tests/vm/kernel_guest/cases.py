@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""In a guest: what the files case_*.py share. Each of their public functions is one case, run alone in a process.
+"""In a guest: what the files case_*.py share. Each of their public functions is one case.
 
-usage: case_X.py CASE DEVICE. Prints what the case returned as JSON; an assertion that fails ends it with status 1.
+usage: python3 -m tests.vm.kernel_guest.case_X DEVICE [CASE...]
+
+Runs the cases, all of them unless some are named, in one process, because to start one costs seconds under emulation.
+Prints for each what it returned, or the error that ended it; a case that fails does not keep the next from running.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import random
 import select
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +31,21 @@ LIMIT_SECONDS = 60
 REGION = 65536
 
 
-def main(cases: Mapping[str, Any]) -> None:
-    """Run the case that the command line names."""
-    name, device = sys.argv[1:]
-    print(json.dumps(cases[name](device)))
+def main(module: Mapping[str, Any]) -> None:
+    """Run the cases that the command line names. Prints {case: {"result": value} or {"error": traceback}}."""
+    device, *names = sys.argv[1:]
+    cases = {
+        name: value
+        for name, value in module.items()
+        if inspect.isfunction(value) and value.__module__ == "__main__" and not name.startswith("_")
+    }
+    outcome: dict[str, dict[str, Any]] = {}
+    for name in names or cases:
+        try:
+            outcome[name] = {"result": cases[name](device)}
+        except Exception:
+            outcome[name] = {"error": traceback.format_exc()}
+    print(json.dumps(outcome))
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.vm.kernel_guest.tracker import run
+from tests.vm.kernel_guest.command import run
 
 CONFIG = Path("/sys/kernel/config/nvmet")
 NQN = "nqn.2025-01.org.example:bmigrate-test"

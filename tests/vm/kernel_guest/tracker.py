@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 import os
 import select
-import subprocess
 import time
 from collections.abc import Iterator
 
@@ -133,11 +132,3 @@ def verdict(tracked: Tracked, before: numpy.ndarray, after: numpy.ndarray) -> di
         "stats": tracked.stats(),
         "channel": dict(vars(tracked.channel.stats())),
     }
-
-
-def run(*argv: str) -> str:
-    """A command that must succeed; its output."""
-    done = subprocess.run(argv, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(argv)}: {done.returncode}: {done.stdout}{done.stderr}")
-    return done.stdout

@@ -14,7 +14,8 @@ import struct
 import threading
 from collections.abc import Callable
 
-from tests.vm.kernel_guest.tracker import SECTOR, run
+from tests.vm.kernel_guest.command import run
+from tests.vm.kernel_guest.tracker import SECTOR
 
 BLKDISCARD = 0x1277
 BLKZEROOUT = 0x127F
