@@ -60,6 +60,7 @@ class Machine:
         self.breaking: set[str] = set()
         self.writing_stranger = False
         self.suspect: str | None = None
+        self.busy_for = 0.0
         self._power_on()
 
     def _power_on(self) -> None:
@@ -128,6 +129,10 @@ class Machine:
     def boot_id(self) -> str:
         return f"{self.name}-{self.boots}"
 
+    def pause(self, seconds: float) -> None:
+        self.world.clock += seconds
+        self.busy_for = max(0.0, self.busy_for - seconds)
+
     def arm_dead_man(self, run_id: str, seconds: float) -> None:
         self._effect("arm")
         self.dead_man = self.dead_man or run_id
@@ -194,7 +199,7 @@ class Machine:
     def hold(self, op: str, wait_seconds: float = 60.0, **fields: Any) -> Fields:
         self._effect(f"hold.{op}")
         if op == "hold":
-            if self.is_mounted:
+            if self.is_mounted or self.busy_for:
                 raise RefusedError("mounted", reason="device_busy")
             self.held = True
         elif op == "release":

@@ -146,12 +146,12 @@ def test_a_host_without_a_role_is_refused_and_discover_still_answers(
 
 def test_preflight_names_every_blocker_and_changes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made_primary()
+    (paths.state_dir("pg") / "lock").write_text("4711\n")
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     code, found = answer(capsys, "handover", "preflight", "--workload", "pg")
     assert code == 3 and not found["changed"]
     assert {"daemon_down", "device_missing"} <= {item["reason"] for item in found["data"]["blockers"]}
-    after = {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.name != "lock"}
-    assert after == before
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
 
 def test_judge_needs_both_hosts_and_answers_a_split_brain_with_its_own_code(

@@ -648,3 +648,16 @@ def test_a_timer_that_does_not_start_stops_the_quiesce(monkeypatch: pytest.Monke
     with pytest.raises(RefusedError) as caught:
         host.arm_dead_man("r1", 90.0)
     assert "dead-man" in caught.value.message
+
+
+def test_looking_at_the_lock_changes_nothing(root: Path, holder: Any) -> None:
+    primary(root)
+    assert store.lock_free("pg")
+    owner = holder("drain")
+    lock = paths.state_dir("pg") / "lock"
+    before = (lock.read_bytes(), lock.stat().st_mtime_ns)
+    assert not store.lock_free("pg")
+    owner.kill()
+    owner.wait()
+    assert store.lock_free("pg")
+    assert (lock.read_bytes(), lock.stat().st_mtime_ns) == before

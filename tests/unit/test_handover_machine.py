@@ -173,5 +173,5 @@ class TwoHosts(RuleBasedStateMachine):
 
 TestTwoHosts = TwoHosts.TestCase
 TestTwoHosts.settings = settings(
-    max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

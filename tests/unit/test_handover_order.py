@@ -235,6 +235,18 @@ def test_a_quiesce_that_fails_puts_everything_back_by_itself(world: World, faili
     assert world.alpha.content == world.last_written == 2
 
 
+def test_a_device_that_is_let_go_a_moment_later_is_waited_for_and_one_that_is_not_refused(world: World) -> None:
+    world.go_on(RUN)
+    world.alpha.busy_for = 1.0
+    assert world.step(world.alpha, "quiesce", RUN) is not None
+    world.step(world.alpha, "resume", RUN)
+    world.step(world.alpha, "begin", "r2")
+    world.alpha.busy_for = 60.0
+    with pytest.raises(RolledBackError) as caught:
+        world.step(world.alpha, "quiesce", "r2")
+    assert caught.value.reason == "device_busy" and world.alpha.running
+
+
 def test_a_flush_that_fails_puts_the_workload_back(world: World) -> None:
     world.go_on(RUN)
     world.alpha.breaking = {"flush"}

@@ -42,6 +42,10 @@ class Host:
         """Seconds since the epoch."""
         return time.time()
 
+    def pause(self, seconds: float) -> None:
+        """Between two looks at a condition."""
+        time.sleep(seconds)
+
     def boot_id(self) -> str:
         """Random id of this boot."""
         return blockdev.boot_id()

@@ -28,6 +28,9 @@ from bmigrate.handover.store import Store
 
 Fields = dict[str, Any]
 
+#: How long a device that was just unmounted may stay busy, seconds.
+BUSY_SECONDS = 3.0
+
 
 def begin(store: Store, host: Host, run_id: str) -> Fields:
     """Open the handover and make the candidate. Starts and stops nothing.
@@ -98,7 +101,7 @@ def quiesce(store: Store, host: Host, run_id: str) -> Fields:
         # Exclusive before the drain: unmount writes, and so may a file system that lives on in another
         # namespace; a drain that reads before them would miss them.
         with watch.part("hold"):
-            host.hold("hold", workload=host.workload)
+            _take(host)
             _refuse_writers(host)
     except BmigrateError as error:
         _back_out(store, host, run_id, error)
@@ -112,6 +115,19 @@ def quiesce(store: Store, host: Host, run_id: str) -> Fields:
     )
     store.save(machine.done(store.state, "quiesce", run_id, result))
     return result
+
+
+def _take(host: Host) -> None:
+    """Have hold take the devices; the kernel may let go of an unmounted one a moment later."""
+    deadline = host.now() + BUSY_SECONDS
+    while True:
+        try:
+            host.hold("hold", workload=host.workload)
+            return
+        except RefusedError as error:
+            if error.reason != "device_busy" or host.now() >= deadline:
+                raise
+        host.pause(0.1)
 
 
 def _refuse_mounted(host: Host) -> None:

@@ -10,6 +10,7 @@ let two steps of one workload run at once, and never leave a stuck step in the w
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import time
@@ -141,9 +142,15 @@ def _kill(pid: int, workload: str, step: str) -> None:
 
 
 def lock_free(workload: str) -> bool:
-    """Whether no command works on the workload right now."""
+    """Whether no command works on the workload right now; looks only, and leaves the lock file as it is."""
     try:
-        with atomic.Lock(paths.state_dir(workload) / "lock", 0):
-            return True
-    except (RefusedError, FileNotFoundError):
+        fd = os.open(paths.state_dir(workload) / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
         return False
+    finally:
+        os.close(fd)
