@@ -51,6 +51,24 @@ options:
   expect:
     description: Phase that the handover must be in on this host; the host refuses otherwise.
     type: str
+  then:
+    description:
+      - Steps to take right after O(step) on the same host, in order, as long as each succeeds.
+      - Each is a call of its own, with the same run id; what is saved is the time that Ansible needs between two tasks,
+        which is downtime.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      step:
+        description: A step that needs no more than the run id.
+        type: str
+        required: true
+        choices: [drain, start]
+      expect:
+        description: Phase that the handover must be in then.
+        type: str
+        required: true
   candidate:
     description: Candidate generation C({number, id}), for V(prepare) and V(commit).
     type: dict
@@ -106,6 +124,15 @@ EXAMPLES = r"""
     run_id: 20260101T120000Z-1b2c3d4e
     expect: begun
 
+- name: Stop the workload on the source and ship what is left
+  bmigrate_handover:
+    step: quiesce
+    workload: pgdemo
+    run_id: 20260101T120000Z-1b2c3d4e
+    expect: begun
+    then:
+      - {step: drain, expect: quiesced}
+
 - name: Make the first primary
   bmigrate_handover:
     step: init
@@ -115,7 +142,7 @@ EXAMPLES = r"""
 RETURN = r"""
 data:
   description:
-    - What the step answered. The same when it is repeated.
+    - What the step, or the last one of O(then), answered. The same when it is repeated.
     - For V(preflight), C(blocker_texts) and C(warning_texts) are the findings as sentences.
   returned: success
   type: dict
@@ -159,6 +186,7 @@ FIRST_ROLE = {"init": "primary", "adopt": "standby"}
 # has done its work, and preflight with "refused" when it has found a blocker.
 ANSWERS = {"resume": (7,), "preflight": (3,)}
 ROLLED_BACK = 7
+SHARED = ("workload", "run_id")
 # option of the module -> option of the program, in the order of the command line
 WORDS = (
     ("run_id", "--run-id"),
@@ -270,6 +298,15 @@ def main() -> None:
             "workload": {"type": "str", "required": True},
             "run_id": {"type": "str"},
             "expect": {"type": "str"},
+            "then": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    "step": {"type": "str", "required": True, "choices": ["drain", "start"]},
+                    "expect": {"type": "str", "required": True},
+                },
+            },
             "candidate": {"type": "dict"},
             "digest": {"type": "str"},
             "certificate": {"type": "dict"},
@@ -320,12 +357,16 @@ def main() -> None:
         )
     started = time.monotonic()
     answer = call(module, argv(params), accept=ANSWERS.get(params["step"], ()))
+    changed = bool(answer["changed"])
+    for later in params["then"]:
+        answer = call(module, argv({**dict.fromkeys(params), **later, **{key: params[key] for key in SHARED}}))
+        changed = changed or bool(answer["changed"])
     data = answer["data"] or {}
     if params["step"] == "preflight":
         for kind in ("blocker", "warning"):
             data[kind + "_texts"] = [explain(item) for item in data.get(kind + "s") or []]
     module.exit_json(
-        changed=bool(answer["changed"]),
+        changed=changed,
         data=data,
         cmd=answer["cmd"],
         rc=answer["rc"],

@@ -57,6 +57,24 @@ def test_a_step_is_one_call_with_the_documented_words(
     assert answer["changed"] is True and answer["rc"] == 0 and answer["data"] == {"phase": "p"}
 
 
+def test_steps_of_one_host_share_a_call_of_the_module_and_stop_at_the_first_failure(programs: Programs) -> None:
+    later = [{"step": "drain", "expect": "quiesced"}]
+    programs.add(
+        "bmigrate",
+        ["handover quiesce", 0, envelope({"phase": "quiesced"}, changed=True)],
+        ["handover drain", 0, envelope({"result": {"digest": "d"}}, changed=False)],
+    )
+    answer = step(programs, "quiesce", expect="begun", then=later)
+    assert [call[2] for call in programs.calls()] == ["quiesce", "drain"]
+    assert programs.calls()[1] == ["bmigrate", "handover", "drain", *BASE, "--expect", "quiesced", "--json"]
+    assert answer["changed"] is True and answer["data"] == {"result": {"digest": "d"}}
+    error = {"code": "rolled_back", "message": "given up"}
+    programs.add("bmigrate", ["handover quiesce", 7, envelope(error=error)])
+    before = len(programs.calls())
+    answer = step(programs, "quiesce", expect="begun", then=later)
+    assert answer["failed"] is True and [call[2] for call in programs.calls()[before:]] == ["quiesce"]
+
+
 def test_a_repeated_step_reports_no_change(programs: Programs) -> None:
     programs.add("bmigrate", ["handover", 0, envelope({"result": {"digest": "d"}}, changed=False)])
     answer = step(programs, "drain")
