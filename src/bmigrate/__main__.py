@@ -23,14 +23,20 @@ def main() -> int:
         if arguments and arguments[0] in PROGRAMS:
             name, arguments = arguments[0], arguments[1:]
     if name == "breqd":
-        from bmigrate.breqd.main import main as program
-    elif name == "bmigrate-hold":
-        from bmigrate.hold.main import main as program
-    elif name == "breceive":
-        from bmigrate.receive.main import main as program
-    else:
-        from bmigrate.cli.main import main as program
-    return program(arguments)
+        from bmigrate.breqd import main as breqd
+
+        return breqd.main(arguments)
+    if name == "bmigrate-hold":
+        from bmigrate.hold import main as hold
+
+        return hold.main(arguments)
+    if name == "breceive":
+        from bmigrate.receive import main as receive
+
+        return receive.main(arguments)
+    from bmigrate.cli import main as cli
+
+    return cli.main(arguments)
 
 
 if __name__ == "__main__":

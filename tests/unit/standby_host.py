@@ -126,8 +126,13 @@ class Sender:
 
     def __init__(self, host: StandbyHost, arguments: tuple[str, ...] = ("--workload", "wl")) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(EDGE), "breceive", *arguments], env=host.environment, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+            [sys.executable, str(EDGE), "breceive", *arguments],
+            env=host.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+        )
         self.writer = FrameWriter()
         self.reader = FrameReader(FROM_RECEIVER)
         self.welcome: greeting.Welcome | None = None
@@ -138,7 +143,7 @@ class Sender:
         view = memoryview(data)
         try:
             while view:
-                view = view[os.write(self.process.stdin.fileno(), view):]
+                view = view[os.write(self.process.stdin.fileno(), view) :]
         except BrokenPipeError:
             pass
 
@@ -170,8 +175,13 @@ class Sender:
     def send_hello(self, host: StandbyHost, **changes: Any) -> None:
         """Send HELLO."""
         fields: dict[str, Any] = {
-            "workload": "wl", "host": "alpha", "generation": GENERATION, "boot_id": "b" * 32, "incarnation": "c" * 32,
-            "volumes": [greeting.HelloVolume(name, size, 512, 4096) for name, size in host.volumes.items()]}
+            "workload": "wl",
+            "host": "alpha",
+            "generation": GENERATION,
+            "boot_id": "b" * 32,
+            "incarnation": "c" * 32,
+            "volumes": [greeting.HelloVolume(name, size, 512, 4096) for name, size in host.volumes.items()],
+        }
         self.send(FrameType.HELLO, payload=greeting.encode(greeting.Hello(**{**fields, **changes})))
 
     def hello(self, host: StandbyHost, **changes: Any) -> Frame:
@@ -225,8 +235,12 @@ class StandbyHost:
         for name in ("etc", "state", "run"):
             (directory / name).mkdir()
         self.environment = dict(
-            os.environ, PYTHONPATH=str(SRC), BMIGRATE_ETC=str(directory / "etc"),
-            BMIGRATE_STATE=str(directory / "state"), BMIGRATE_RUN=str(directory / "run"))
+            os.environ,
+            PYTHONPATH=str(SRC),
+            BMIGRATE_ETC=str(directory / "etc"),
+            BMIGRATE_STATE=str(directory / "state"),
+            BMIGRATE_RUN=str(directory / "run"),
+        )
         self.manager = ServiceManager(directory)
         self.hold: subprocess.Popen[bytes] | None = None
         self.senders: list[Sender] = []
@@ -263,8 +277,14 @@ class StandbyHost:
         """Set the durable role, as the handover would."""
         path = self.directory / "state" / "wl" / "state.json"
         path.parent.mkdir(exist_ok=True)
-        state = {"schema": 1, "workload": "wl", "host": "beta", "role": role,
-                 "generation": {"number": GENERATION.number, "id": GENERATION.id}, **fields}
+        state = {
+            "schema": 1,
+            "workload": "wl",
+            "host": "beta",
+            "role": role,
+            "generation": {"number": GENERATION.number, "id": GENERATION.id},
+            **fields,
+        }
         temporary = path.with_suffix(".new")
         temporary.write_text(json.dumps(state))
         os.replace(temporary, path)
@@ -280,12 +300,20 @@ class StandbyHost:
         self.manager.said.clear()
         names = list(self.manager.stored)
         fds = [self.manager.stored[name] for name in names]
-        env = dict(self.environment, NOTIFY_SOCKET=str(self.manager.path), LISTEN_FDS=str(len(fds)),
-                   LISTEN_FDNAMES=":".join(names), **environment)
+        env = dict(
+            self.environment,
+            NOTIFY_SOCKET=str(self.manager.path),
+            LISTEN_FDS=str(len(fds)),
+            LISTEN_FDNAMES=":".join(names),
+            **environment,
+        )
 
         self.hold = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, ",".join(map(str, fds)), str(EDGE), "bmigrate-hold"], env=env,
-            pass_fds=fds, stderr=open(self.directory / "hold.log", "ab"))
+            [sys.executable, "-c", LAUNCHER, ",".join(map(str, fds)), str(EDGE), "bmigrate-hold"],
+            env=env,
+            pass_fds=fds,
+            stderr=open(self.directory / "hold.log", "ab"),
+        )
 
         def ready() -> bool:
             self.manager.pump()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from demo import ledger
 
 
-def acks(*numbers: int) -> list[dict[str, float]]:
+def acks(*numbers: int) -> list[dict[str, Any]]:
     return [{"id": number, "began": number - 0.5, "acked": float(number)} for number in numbers]
 
 
@@ -25,7 +26,12 @@ def test_lost_is_what_was_acknowledged_and_is_not_there(
 
 
 def test_an_outage_runs_from_the_last_acknowledgement_to_the_next() -> None:
-    events = [*acks(1, 2), {"refused": "E", "at": 2.25, "id": 3}, {"refused": "E", "at": 4.0, "id": 4}, *acks(9)]
+    events: list[dict[str, Any]] = [
+        *acks(1, 2),
+        {"refused": "E", "at": 2.25, "id": 3},
+        {"refused": "E", "at": 4.0, "id": 4},
+        *acks(9),
+    ]
     (outage,) = ledger.outages(events)
     assert outage.to_refusal_seconds == 0.25
     assert outage.downtime_seconds == 7.0

@@ -23,14 +23,30 @@ def standby(**changes: Any) -> WorkloadState:
     return WorkloadState("wl", "beta", **fields)
 
 
-def check(state: WorkloadState | None = None, record: Record | None = None, mark: list[int] | None = None,
-          geometry: dict[str, Geometry | None] | None = None, **changes: Any) -> str | None:
+def check(
+    state: WorkloadState | None = None,
+    record: Record | None = None,
+    mark: list[int] | None = None,
+    geometry: dict[str, Geometry | None] | None = None,
+    **changes: Any,
+) -> str | None:
     fields: dict[str, Any] = {
-        "workload": "wl", "host": "alpha", "generation": greeting.Generation(2, "a" * 32), "boot_id": "b" * 32,
-        "incarnation": "c" * 32, "volumes": [greeting.HelloVolume("data", 1 << 20, 512, 4096)], **changes}
+        "workload": "wl",
+        "host": "alpha",
+        "generation": greeting.Generation(2, "a" * 32),
+        "boot_id": "b" * 32,
+        "incarnation": "c" * 32,
+        "volumes": [greeting.HelloVolume("data", 1 << 20, 512, 4096)],
+        **changes,
+    }
     try:
-        admission.check(greeting.Hello(**fields), state or standby(), record or Record("wl", 3),
-                        geometry or {"data": Geometry(1 << 20, 512)}, mark or MARK)
+        admission.check(
+            greeting.Hello(**fields),
+            state or standby(),
+            record or Record("wl", 3),
+            geometry or {"data": Geometry(1 << 20, 512)},
+            mark or MARK,
+        )
     except RefusedError as error:
         assert error.hint and error.message
         return error.reason
@@ -43,21 +59,26 @@ def test_a_good_sender_is_admitted() -> None:
     assert check(volumes=[greeting.HelloVolume("data", 1 << 20, 4096, 4096)]) is None
 
 
-@pytest.mark.parametrize(("changes", "reason"), [
-    ({"state": standby(role="primary")}, "wrong_role"),
-    ({"state": standby(role="none")}, "wrong_role"),
-    ({"state": standby(generation=None)}, "wrong_generation"),
-    ({"state": standby(generation={"number": 3, "id": "a" * 32})}, "wrong_generation"),
-    ({"state": standby(generation={"number": 2, "id": "e" * 32})}, "wrong_generation"),
-    ({"record": Record("wl", 3, None, SEALED)}, "sealed"),
-    ({"record": Record("wl", 3, None, SEALED), "state": standby(handover={"phase": "prepared"}), "mark": [3, 4]},
-     "sealed"),
-    ({"geometry": {"data": None}}, "not_held"),
-    ({"geometry": {"data": Geometry((1 << 20) - 512, 512)}}, "too_small"),
-    ({"geometry": {"data": Geometry(1 << 20, 4096)}}, "block_size"),
-    ({"geometry": {"other": Geometry(1 << 20, 512)}}, "unknown_volume"),
-    ({"geometry": {"data": Geometry(1 << 20, 512), "wal": Geometry(1 << 20, 512)}}, "missing_volume"),
-])
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"state": standby(role="primary")}, "wrong_role"),
+        ({"state": standby(role="none")}, "wrong_role"),
+        ({"state": standby(generation=None)}, "wrong_generation"),
+        ({"state": standby(generation={"number": 3, "id": "a" * 32})}, "wrong_generation"),
+        ({"state": standby(generation={"number": 2, "id": "e" * 32})}, "wrong_generation"),
+        ({"record": Record("wl", 3, None, SEALED)}, "sealed"),
+        (
+            {"record": Record("wl", 3, None, SEALED), "state": standby(handover={"phase": "prepared"}), "mark": [3, 4]},
+            "sealed",
+        ),
+        ({"geometry": {"data": None}}, "not_held"),
+        ({"geometry": {"data": Geometry((1 << 20) - 512, 512)}}, "too_small"),
+        ({"geometry": {"data": Geometry(1 << 20, 4096)}}, "block_size"),
+        ({"geometry": {"other": Geometry(1 << 20, 512)}}, "unknown_volume"),
+        ({"geometry": {"data": Geometry(1 << 20, 512), "wal": Geometry(1 << 20, 512)}}, "missing_volume"),
+    ],
+)
 def test_refusals(changes: dict[str, Any], reason: str) -> None:
     assert check(**changes) == reason
 
@@ -67,29 +88,49 @@ def test_a_seal_is_over_once_the_handover_is() -> None:
 
 
 def test_a_host_without_a_role_admits_nobody() -> None:
-    hello = greeting.Hello("wl", "alpha", greeting.Generation(1, "a" * 32), "b" * 32, "c" * 32,
-                           [greeting.HelloVolume("data", 1 << 20, 512, 4096)])
+    hello = greeting.Hello(
+        "wl",
+        "alpha",
+        greeting.Generation(1, "a" * 32),
+        "b" * 32,
+        "c" * 32,
+        [greeting.HelloVolume("data", 1 << 20, 512, 4096)],
+    )
     with pytest.raises(RefusedError) as caught:
         admission.check(hello, None, Record("wl"), {"data": Geometry(1 << 20, 512)}, MARK)
     assert caught.value.reason == "wrong_role"
 
 
-@pytest.mark.parametrize(("properties", "names"), [
-    ({"DEVTYPE": "disk", "ID_SERIAL": "bm-1"}, ["serial-bm-1"]),
-    ({"DEVTYPE": "partition", "ID_SERIAL": "bm-1", "PARTN": "2"}, ["serial-bm-1-part2"]),
-    ({"DEVTYPE": "partition", "ID_SERIAL": "bm-1", "PARTN": "2", "ID_PART_ENTRY_UUID": "u"}, ["part-u"]),
-    ({"DEVTYPE": "disk", "DM_UUID": "LVM-x", "ID_SERIAL": "y"}, ["dm-LVM-x"]),
-    ({"DEVTYPE": "disk"}, []),
-    ({"DEVTYPE": "disk", "ID_SERIAL": "../../etc/passwd"}, []),
-])
+@pytest.mark.parametrize(
+    ("properties", "names"),
+    [
+        ({"DEVTYPE": "disk", "ID_SERIAL": "bm-1"}, ["serial-bm-1"]),
+        ({"DEVTYPE": "partition", "ID_SERIAL": "bm-1", "PARTN": "2"}, ["serial-bm-1-part2"]),
+        ({"DEVTYPE": "partition", "ID_SERIAL": "bm-1", "PARTN": "2", "ID_PART_ENTRY_UUID": "u"}, ["part-u"]),
+        ({"DEVTYPE": "disk", "DM_UUID": "LVM-x", "ID_SERIAL": "y"}, ["dm-LVM-x"]),
+        ({"DEVTYPE": "disk"}, []),
+        ({"DEVTYPE": "disk", "ID_SERIAL": "../../etc/passwd"}, []),
+    ],
+)
 def test_names_of_udev_markers(properties: dict[str, str], names: list[str]) -> None:
     assert udev.keys(properties) == names
 
 
 def test_a_marker_keeps_the_links_that_name_the_device_and_drops_those_that_name_its_content() -> None:
-    links = ["disk/by-id/virtio-s", "disk/by-path/pci-0", "disk/by-uuid/u", "disk/by-label/l", "disk/by-partuuid/p",
-             "disk/by-diskseq/9", 'disk/by-id/bad"name', "disk/by-id/wwn-1"]
+    links = [
+        "disk/by-id/virtio-s",
+        "disk/by-path/pci-0",
+        "disk/by-uuid/u",
+        "disk/by-label/l",
+        "disk/by-partuuid/p",
+        "disk/by-diskseq/9",
+        'disk/by-id/bad"name',
+        "disk/by-id/wwn-1",
+    ]
     assert udev.content("wl", "data", "/dev/disk/by-id/wwn-1", links).splitlines() == [
-        "BMIGRATE_VOLUME=wl/data", "BMIGRATE_LINK_0=disk/by-id/wwn-1", "BMIGRATE_LINK_1=disk/by-id/virtio-s",
-        "BMIGRATE_LINK_2=disk/by-path/pci-0"]
+        "BMIGRATE_VOLUME=wl/data",
+        "BMIGRATE_LINK_0=disk/by-id/wwn-1",
+        "BMIGRATE_LINK_1=disk/by-id/virtio-s",
+        "BMIGRATE_LINK_2=disk/by-path/pci-0",
+    ]
     assert udev.content("wl", "data", "/dev/vdb", []).splitlines() == ["BMIGRATE_VOLUME=wl/data"]

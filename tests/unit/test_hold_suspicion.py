@@ -29,8 +29,12 @@ def on_record(**changes: Any) -> VolumeRecord:
 
 
 def take(old: VolumeRecord | None, **changes: Any) -> str | None:
-    facts: dict[str, Any] = {"boot_id": NEXT_BOOT, "identity": IDENTITY, "counters": NONE,
-                             "superblock_digest": lambda: "digest"}
+    facts: dict[str, Any] = {
+        "boot_id": NEXT_BOOT,
+        "identity": IDENTITY,
+        "counters": NONE,
+        "superblock_digest": lambda: "digest",
+    }
     return suspicion.at_take(old, **{**facts, **changes})
 
 
@@ -40,19 +44,26 @@ def test_what_is_believed() -> None:
     assert take(on_record(), boot_id=BOOT, counters=SOME) is None  # an orderly restart of hold
 
 
-@pytest.mark.parametrize(("old", "changes", "word"), [
-    (on_record(closed=None), {}, "crash or power cut"),
-    (on_record(closed=None), {"boot_id": BOOT, "counters": SOME}, "lost its exclusive hold"),
-    (on_record(), {"counters": SOME}, "since the host booted"),
-    (on_record(), {"counters": WriteCounters(0, 0, 1, 8, True)}, "since the host booted"),
-    (on_record(), {"counters": WriteCounters(0, 0, 0, 0, False)}, "iostats"),
-    (on_record(), {"boot_id": BOOT, "counters": replace(SOME, counted=False)}, "iostats"),
-    (on_record(), {"boot_id": BOOT, "counters": replace(SOME, writes=10, sectors_written=80)}, "1 writes, 8 sectors"),
-    (on_record(), {"identity": {**IDENTITY, "serial": "s2"}}, "serial was s1, is s2"),
-    (on_record(), {"identity": {**IDENTITY, "size_bytes": 5}}, "size_bytes"),
-    (on_record(), {"superblock_digest": lambda: "other"}, "first or last MiB"),
-    (on_record(suspect="before"), {}, "before"),
-])
+@pytest.mark.parametrize(
+    ("old", "changes", "word"),
+    [
+        (on_record(closed=None), {}, "crash or power cut"),
+        (on_record(closed=None), {"boot_id": BOOT, "counters": SOME}, "lost its exclusive hold"),
+        (on_record(), {"counters": SOME}, "since the host booted"),
+        (on_record(), {"counters": WriteCounters(0, 0, 1, 8, True)}, "since the host booted"),
+        (on_record(), {"counters": WriteCounters(0, 0, 0, 0, False)}, "iostats"),
+        (on_record(), {"boot_id": BOOT, "counters": replace(SOME, counted=False)}, "iostats"),
+        (
+            on_record(),
+            {"boot_id": BOOT, "counters": replace(SOME, writes=10, sectors_written=80)},
+            "1 writes, 8 sectors",
+        ),
+        (on_record(), {"identity": {**IDENTITY, "serial": "s2"}}, "serial was s1, is s2"),
+        (on_record(), {"identity": {**IDENTITY, "size_bytes": 5}}, "size_bytes"),
+        (on_record(), {"superblock_digest": lambda: "other"}, "first or last MiB"),
+        (on_record(suspect="before"), {}, "before"),
+    ],
+)
 def test_what_is_not_believed(old: VolumeRecord, changes: dict[str, Any], word: str) -> None:
     reason = take(old, **changes)
     assert reason is not None and word in reason
@@ -74,33 +85,45 @@ def test_the_rule_between_sessions() -> None:
 
 
 def greet(last: tuple[int, str, int] | None, generation: str = G1) -> greeting.Hello:
-    return greeting.Hello("wl", "alpha", greeting.Generation(1, generation), "b" * 32, "c" * 32,
-                          [greeting.HelloVolume("data", 1 << 20, 512, 4096)],
-                          None if last is None else greeting.LastSession(*last))
+    return greeting.Hello(
+        "wl",
+        "alpha",
+        greeting.Generation(1, generation),
+        "b" * 32,
+        "c" * 32,
+        [greeting.HelloVolume("data", 1 << 20, 512, 4096)],
+        None if last is None else greeting.LastSession(*last),
+    )
 
 
 def remembered(epoch: int, session: str = S1) -> Record:
-    return Record("wl", epoch, {"epoch": epoch, "session_id": session, "host": "alpha", "open": False,
-                                "generation": {"number": 1, "id": G1}})
+    return Record(
+        "wl",
+        epoch,
+        {"epoch": epoch, "session_id": session, "host": "alpha", "open": False, "generation": {"number": 1, "id": G1}},
+    )
 
 
-@pytest.mark.parametrize(("record", "ack", "last", "word"), [
-    (Record("wl"), None, None, None),  # the first session ever
-    (remembered(5), Ack(5, 7, S1, G1), (5, S1, 7), None),
-    (remembered(5), Ack(5, 8, S1, G1), (5, S1, 7), None),  # the last ACK was lost on its way
-    (remembered(5), Ack(5, 7, S1, G1), (5, S1, 0), None),
-    (remembered(6, S2), Ack(5, 7, S1, G1), (5, S1, 7), None),  # a grant that the source never heard of
-    (remembered(5), None, (5, S1, 0), None),
-    (remembered(5), Ack(4, 3, S2, G1), (5, S1, 0), None),
-    (remembered(5), Ack(3, 9, S2, G2), None, None),  # of another generation: nothing to compare
-    (remembered(5), Ack(5, 6, S1, G1), (5, S1, 7), "this host went back"),
-    (remembered(5), None, (5, S1, 1), "this host went back"),
-    (remembered(4), Ack(4, 9, S1, G1), (5, S1, 0), "this host remembers epoch 4"),
-    (Record("wl"), None, (1, S1, 0), "this host remembers epoch 0"),
-    (remembered(5, S2), Ack(5, 7, S2, G1), (5, S1, 0), "differently"),
-    (remembered(6, S2), Ack(6, 1, S2, G1), (5, S1, 7), "the source went back"),
-    (remembered(5), Ack(5, 7, S1, G1), None, "the source went back"),
-])
+@pytest.mark.parametrize(
+    ("record", "ack", "last", "word"),
+    [
+        (Record("wl"), None, None, None),  # the first session ever
+        (remembered(5), Ack(5, 7, S1, G1), (5, S1, 7), None),
+        (remembered(5), Ack(5, 8, S1, G1), (5, S1, 7), None),  # the last ACK was lost on its way
+        (remembered(5), Ack(5, 7, S1, G1), (5, S1, 0), None),
+        (remembered(6, S2), Ack(5, 7, S1, G1), (5, S1, 7), None),  # a grant that the source never heard of
+        (remembered(5), None, (5, S1, 0), None),
+        (remembered(5), Ack(4, 3, S2, G1), (5, S1, 0), None),
+        (remembered(5), Ack(3, 9, S2, G2), None, None),  # of another generation: nothing to compare
+        (remembered(5), Ack(5, 6, S1, G1), (5, S1, 7), "this host went back"),
+        (remembered(5), None, (5, S1, 1), "this host went back"),
+        (remembered(4), Ack(4, 9, S1, G1), (5, S1, 0), "this host remembers epoch 4"),
+        (Record("wl"), None, (1, S1, 0), "this host remembers epoch 0"),
+        (remembered(5, S2), Ack(5, 7, S2, G1), (5, S1, 0), "differently"),
+        (remembered(6, S2), Ack(6, 1, S2, G1), (5, S1, 7), "the source went back"),
+        (remembered(5), Ack(5, 7, S1, G1), None, "the source went back"),
+    ],
+)
 def test_the_handshake(record: Record, ack: Ack | None, last: tuple[int, str, int] | None, word: str | None) -> None:
     reason = suspicion.at_handshake(record, ack, greet(last))
     if word is None:

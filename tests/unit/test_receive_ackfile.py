@@ -68,7 +68,7 @@ def test_the_youngest_whole_note_is_never_overwritten_first(state: Path) -> None
         again.note(1)
         again.close()
         after = state.read_bytes()
-        kept = [after[at:at + SLOT_BYTES] for at in (0, SLOT_BYTES)]
+        kept = [after[at : at + SLOT_BYTES] for at in (0, SLOT_BYTES)]
         assert last is not None and ackfile.encode(last) in kept
 
 

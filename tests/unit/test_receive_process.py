@@ -65,18 +65,19 @@ def test_data_zeroes_hashes_and_rereads(host: StandbyHost) -> None:
     sender.send(FrameType.ZERO, offset=2 * MIB, aux=4096)
     ack(sender, 1)
     want = bytearray(data)
-    want[MIB:MIB + 4096] = bytes(4096)
-    assert content(host)[MIB:4 * MIB] == bytes(want)
+    want[MIB : MIB + 4096] = bytes(4096)
+    assert content(host)[MIB : 4 * MIB] == bytes(want)
     sender.send(FrameType.HASH, offset=MIB, aux=3 * MIB - 512, payload=frames.encode_chunk(65536))
     frame = sender.receive()
     assert frame is not None and (frame.type, frame.offset, frame.aux) == (FrameType.HASHES, MIB, 3 * MIB - 512)
-    pieces = [want[at:min(at + 65536, 3 * MIB - 512)] for at in range(0, 3 * MIB - 512, 65536)]
+    pieces = [want[at : min(at + 65536, 3 * MIB - 512)] for at in range(0, 3 * MIB - 512, 65536)]
     assert bytes(frame.payload) == b"".join(hashlib.blake2b(piece, digest_size=16).digest() for piece in pieces)
     sender.send(FrameType.REREAD, payload=frames.encode_extents([(MIB, 3 * MIB), (0, 512)]))
     frame = sender.receive()
     assert frame is not None and (frame.type, frame.aux) == (FrameType.DIGESTS, 2)
-    assert bytes(frame.payload) == (hashlib.blake2b(want, digest_size=32).digest()
-                                    + hashlib.blake2b(bytes(512), digest_size=32).digest())
+    assert bytes(frame.payload) == (
+        hashlib.blake2b(want, digest_size=32).digest() + hashlib.blake2b(bytes(512), digest_size=32).digest()
+    )
     sender.send(FrameType.BYE)
     last = sender.receive()
     assert last is not None and last.type is FrameType.BYE
@@ -130,11 +131,19 @@ def test_frames_out_of_place(host: StandbyHost) -> None:
     ends_with(sender, "bad_sequence")
 
 
-@pytest.mark.parametrize(("changes", "reason"), [
-    ({"epoch": 0}, "bad_epoch"), ({"seq": 9}, "bad_sequence"), ({"seq": 1}, "bad_sequence"),
-    ({"length": frames.MAX_PAYLOAD_BYTES + 512}, "too_long"), ({"payload_crc32": 1}, "bad_payload")])
-def test_an_old_epoch_a_wrong_number_a_long_or_a_damaged_frame(host: StandbyHost, changes: dict[str, int],
-                                                               reason: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"epoch": 0}, "bad_epoch"),
+        ({"seq": 9}, "bad_sequence"),
+        ({"seq": 1}, "bad_sequence"),
+        ({"length": frames.MAX_PAYLOAD_BYTES + 512}, "too_long"),
+        ({"payload_crc32": 1}, "bad_payload"),
+    ],
+)
+def test_an_old_epoch_a_wrong_number_a_long_or_a_damaged_frame(
+    host: StandbyHost, changes: dict[str, int], reason: str
+) -> None:
     before = content(host)
     sender = host.session()
     data = b"evil" * 128
@@ -146,8 +155,9 @@ def test_an_old_epoch_a_wrong_number_a_long_or_a_damaged_frame(host: StandbyHost
 
 def test_a_wrong_version_is_told_apart(host: StandbyHost) -> None:
     sender = host.sender()
-    hello = greeting.Hello("wl", "alpha", GENERATION, "b" * 32, "c" * 32,
-                           [greeting.HelloVolume("data", SIZE, 512, 4096)], v=2)
+    hello = greeting.Hello(
+        "wl", "alpha", GENERATION, "b" * 32, "c" * 32, [greeting.HelloVolume("data", SIZE, 512, 4096)], v=2
+    )
     sender.send(FrameType.HELLO, payload=greeting.encode(hello))
     ends_with(sender, "wrong_version")
 
@@ -172,8 +182,7 @@ def test_noise_never_lands_and_is_answered(host: StandbyHost, noise: bytes, in_s
     assert sender.process.stdin is not None
     sender.process.stdin.close()
     error = sender.error()
-    assert error["code"] == "refused" and error["reason"] in (
-        "bad_magic", "truncated", "bad_header"), error
+    assert error["code"] == "refused" and error["reason"] in ("bad_magic", "truncated", "bad_header"), error
     assert sender.ended() == 3
     assert content(host) == before
 
@@ -196,19 +205,33 @@ def test_flipped_bits_never_land(host: StandbyHost, data: st.DataObject) -> None
     code = sender.ended()
     landed = content(host)[:65536]
     for block in range(16):
-        assert landed[block * 4096:(block + 1) * 4096] in (b"good" * 1024, bytes(4096))
+        assert landed[block * 4096 : (block + 1) * 4096] in (b"good" * 1024, bytes(4096))
     # Two flips may undo each other; whoever was accepted as a whole must have landed as a whole.
     assert code == 3 or landed[:16384] == b"good" * 4096
 
 
 def test_arguments_are_not_negotiable(host: StandbyHost) -> None:
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run([sys.executable, str(EDGE), "breceive", *arguments], stdin=subprocess.DEVNULL,
-                              env={**host.environment, **environment}, capture_output=True, timeout=60, check=False)
+        return subprocess.run(
+            [sys.executable, str(EDGE), "breceive", *arguments],
+            stdin=subprocess.DEVNULL,
+            env={**host.environment, **environment},
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
 
-    for arguments in ((), ("--workload",), ("--work", "wl"), ("--workload", "../wl"), ("--workload", "wl\n"),
-                      ("--workload", "wl", "/dev/sda"), ("--workload", "wl", "--workload", "other"),
-                      ("--workload", "wl", "--device", "/dev/sda"), ("sh", "-c", "id")):
+    for arguments in (
+        (),
+        ("--workload",),
+        ("--work", "wl"),
+        ("--workload", "../wl"),
+        ("--workload", "wl\n"),
+        ("--workload", "wl", "/dev/sda"),
+        ("--workload", "wl", "--workload", "other"),
+        ("--workload", "wl", "--device", "/dev/sda"),
+        ("sh", "-c", "id"),
+    ):
         done = run(*arguments)
         assert done.returncode == 2, (arguments, done)
         assert not done.stdout

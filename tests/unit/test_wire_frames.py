@@ -94,7 +94,7 @@ def test_no_damaged_frame_is_ever_handed_out(messages: list[Message], data: st.D
         ended = reader.filled(0) is None
     except FrameError:
         ended = False
-    assert got == [sent(fields) for fields in messages][:len(got)]
+    assert got == [sent(fields) for fields in messages][: len(got)]
     if bytes(stream) != original:
         assert not ended and len(got) < len(messages)
 
@@ -128,34 +128,49 @@ def test_a_stream_that_ends_in_a_frame_is_truncated(messages: list[Message], dat
 
 def header(**changes: int) -> bytes:
     """A header of a PING with fields changed and its checksum made right again."""
-    fields = {"magic": frames.MAGIC, "type": int(FrameType.PING), "flags": 0, "volume": 0, "epoch": 7, "seq": 1,
-              "offset": 0, "aux": 0, "length": 0, "crc": 0, "reserved": 0, **changes}
+    fields = {
+        "magic": frames.MAGIC,
+        "type": int(FrameType.PING),
+        "flags": 0,
+        "volume": 0,
+        "epoch": 7,
+        "seq": 1,
+        "offset": 0,
+        "aux": 0,
+        "length": 0,
+        "crc": 0,
+        "reserved": 0,
+        **changes,
+    }
     raw = frames.HEADER.pack(*fields.values(), 0)[:-4]
     return raw + struct.pack("<I", zlib.crc32(raw))
 
 
-@pytest.mark.parametrize(("changes", "error"), [
-    ({"magic": 0x32474D42}, frames.BadMagicError),
-    ({"flags": 1}, frames.BadHeaderError),
-    ({"reserved": 1}, frames.BadHeaderError),
-    ({"type": 0}, frames.BadTypeError),
-    ({"type": 99}, frames.BadTypeError),
-    ({"type": int(FrameType.ACK)}, frames.BadTypeError),
-    ({"type": int(FrameType.DATA), "length": frames.MAX_PAYLOAD_BYTES + 1}, frames.TooLongError),
-    ({"type": int(FrameType.DATA), "length": (1 << 32) - 1}, frames.TooLongError),
-    ({"type": int(FrameType.HELLO), "length": frames.MAX_JSON_BYTES + 1}, frames.TooLongError),
-    ({"type": int(FrameType.DATA)}, frames.BadShapeError),
-    ({"type": int(FrameType.DATA), "length": 512, "offset": (1 << 64) - 511}, frames.BadShapeError),
-    ({"type": int(FrameType.ZERO), "aux": 2, "offset": (1 << 64) - 2}, frames.BadShapeError),
-    ({"type": int(FrameType.ZERO)}, frames.BadShapeError),
-    ({"length": 1}, frames.BadShapeError),
-    ({"type": int(FrameType.HASH), "length": 4, "aux": frames.MAX_HASH_BYTES + 1}, frames.BadShapeError),
-    ({"type": int(FrameType.REREAD), "length": 17}, frames.BadShapeError),
-    ({"seq": 2}, frames.BadSequenceError),
-    ({"seq": 0}, frames.BadSequenceError),
-    ({"epoch": 6}, frames.BadEpochError),
-    ({"epoch": 8}, frames.BadEpochError),
-])
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"magic": 0x32474D42}, frames.BadMagicError),
+        ({"flags": 1}, frames.BadHeaderError),
+        ({"reserved": 1}, frames.BadHeaderError),
+        ({"type": 0}, frames.BadTypeError),
+        ({"type": 99}, frames.BadTypeError),
+        ({"type": int(FrameType.ACK)}, frames.BadTypeError),
+        ({"type": int(FrameType.DATA), "length": frames.MAX_PAYLOAD_BYTES + 1}, frames.TooLongError),
+        ({"type": int(FrameType.DATA), "length": (1 << 32) - 1}, frames.TooLongError),
+        ({"type": int(FrameType.HELLO), "length": frames.MAX_JSON_BYTES + 1}, frames.TooLongError),
+        ({"type": int(FrameType.DATA)}, frames.BadShapeError),
+        ({"type": int(FrameType.DATA), "length": 512, "offset": (1 << 64) - 511}, frames.BadShapeError),
+        ({"type": int(FrameType.ZERO), "aux": 2, "offset": (1 << 64) - 2}, frames.BadShapeError),
+        ({"type": int(FrameType.ZERO)}, frames.BadShapeError),
+        ({"length": 1}, frames.BadShapeError),
+        ({"type": int(FrameType.HASH), "length": 4, "aux": frames.MAX_HASH_BYTES + 1}, frames.BadShapeError),
+        ({"type": int(FrameType.REREAD), "length": 17}, frames.BadShapeError),
+        ({"seq": 2}, frames.BadSequenceError),
+        ({"seq": 0}, frames.BadSequenceError),
+        ({"epoch": 6}, frames.BadEpochError),
+        ({"epoch": 8}, frames.BadEpochError),
+    ],
+)
 def test_headers_that_are_refused_before_any_payload_is_read(changes: dict[str, int], error: type[FrameError]) -> None:
     reader = reader_of(7)
     with pytest.raises(error) as caught:
@@ -175,15 +190,18 @@ def test_a_repeated_frame_is_refused() -> None:
         list(reader.feed(stream))
 
 
-@pytest.mark.parametrize("payload", [
-    frames.encode_chunk(0), frames.encode_chunk(4095), frames.encode_chunk(12288), frames.encode_chunk(8 << 20)])
+@pytest.mark.parametrize(
+    "payload",
+    [frames.encode_chunk(0), frames.encode_chunk(4095), frames.encode_chunk(12288), frames.encode_chunk(8 << 20)],
+)
 def test_a_hash_with_a_bad_chunk_is_refused_on_both_sides(payload: bytes) -> None:
     writer = FrameWriter(7)
     with pytest.raises(frames.BadShapeError):
         writer.encode(FrameType.HASH, aux=4096, payload=payload)
     assert writer.next_seq == frames.FIRST_SEQ
-    raw = frames.encode_header(FrameType.HASH, volume=0, epoch=7, seq=1, offset=0, aux=4096, length=4,
-                               payload_crc32=zlib.crc32(payload))
+    raw = frames.encode_header(
+        FrameType.HASH, volume=0, epoch=7, seq=1, offset=0, aux=4096, length=4, payload_crc32=zlib.crc32(payload)
+    )
     with pytest.raises(frames.BadShapeError):
         list(reader_of(7).feed(raw + payload))
 

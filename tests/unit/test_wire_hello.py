@@ -14,10 +14,19 @@ from hypothesis import strategies as st
 from bmigrate.wire import hello as greeting
 from bmigrate.wire.hello import Hello, HelloError, VersionError
 
-HELLO = Hello("wl", "alpha", greeting.Generation(3, "a" * 32), "b" * 32, "c" * 32,
-              [greeting.HelloVolume("data", 1 << 30, 512, 4096)], greeting.LastSession(4, "d" * 32, 9), 4)
-WELCOME = greeting.Welcome(5, "e" * 32, "beta", "f" * 32, 20.0,
-                           [greeting.WelcomeVolume("data", 0, 1 << 30, 512, "why not")])
+HELLO = Hello(
+    "wl",
+    "alpha",
+    greeting.Generation(3, "a" * 32),
+    "b" * 32,
+    "c" * 32,
+    [greeting.HelloVolume("data", 1 << 30, 512, 4096)],
+    greeting.LastSession(4, "d" * 32, 9),
+    4,
+)
+WELCOME = greeting.Welcome(
+    5, "e" * 32, "beta", "f" * 32, 20.0, [greeting.WelcomeVolume("data", 0, 1 << 30, 512, "why not")]
+)
 
 
 def test_both_survive_the_way() -> None:
@@ -37,20 +46,34 @@ def put(fields: dict[str, Any], path: tuple[Any, ...], value: Any) -> bytes:
     return json.dumps(changed).encode()
 
 
-@pytest.mark.parametrize(("path", "value", "named"), [
-    (("workload",), "../etc", "workload"), (("workload",), "", "workload"), (("workload",), 5, "workload"),
-    (("host",), None, "host"), (("host",), "a b", "host"),
-    (("generation",), 3, "generation"), (("generation", "number"), 0, "number"),
-    (("generation", "number"), True, "number"), (("generation", "id"), "A" * 32, "id"),
-    (("generation", "id"), "a" * 33, "id"),
-    (("volumes",), [], "volumes"), (("volumes",), {}, "volumes"),
-    (("volumes", 0), "data", r"volumes\[0\]"), (("volumes", 0, "size_bytes"), -1, "size_bytes"),
-    (("volumes", 0, "size_bytes"), 1.5, "size_bytes"), (("volumes", 0, "size_bytes"), 1 << 64, "size_bytes"),
-    (("volumes", 0, "logical_block_size"), 0, "logical_block_size"),
-    (("last_session", "ack"), "9", "ack"), (("last_session", "session_id"), "x", "session_id"),
-    (("highest_epoch",), -1, "highest_epoch"), (("surprise",), 1, "surprise"),
-    (("volumes", 0, "surprise"), 1, "surprise"), (("boot_id",), "/dev/sda", "boot_id"),
-])
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        (("workload",), "../etc", "workload"),
+        (("workload",), "", "workload"),
+        (("workload",), 5, "workload"),
+        (("host",), None, "host"),
+        (("host",), "a b", "host"),
+        (("generation",), 3, "generation"),
+        (("generation", "number"), 0, "number"),
+        (("generation", "number"), True, "number"),
+        (("generation", "id"), "A" * 32, "id"),
+        (("generation", "id"), "a" * 33, "id"),
+        (("volumes",), [], "volumes"),
+        (("volumes",), {}, "volumes"),
+        (("volumes", 0), "data", r"volumes\[0\]"),
+        (("volumes", 0, "size_bytes"), -1, "size_bytes"),
+        (("volumes", 0, "size_bytes"), 1.5, "size_bytes"),
+        (("volumes", 0, "size_bytes"), 1 << 64, "size_bytes"),
+        (("volumes", 0, "logical_block_size"), 0, "logical_block_size"),
+        (("last_session", "ack"), "9", "ack"),
+        (("last_session", "session_id"), "x", "session_id"),
+        (("highest_epoch",), -1, "highest_epoch"),
+        (("surprise",), 1, "surprise"),
+        (("volumes", 0, "surprise"), 1, "surprise"),
+        (("boot_id",), "/dev/sda", "boot_id"),
+    ],
+)
 def test_a_wrong_field_is_named(path: tuple[Any, ...], value: Any, named: str) -> None:
     with pytest.raises(HelloError, match=named):
         greeting.decode_hello(put(HELLO.to_dict(), path, value))
@@ -79,8 +102,11 @@ def test_what_is_no_object_is_refused(payload: bytes) -> None:
             decode(payload)
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-                    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
 
 
 @settings(deadline=None)

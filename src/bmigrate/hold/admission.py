@@ -4,6 +4,7 @@
 They run before any older receiver is touched, so that a sender that must be refused cannot end the
 session of one that must not.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -22,8 +23,9 @@ class Geometry(NamedTuple):
     logical_block_size: int
 
 
-def check(hello: Hello, state: WorkloadState | None, record: Record, geometry: Mapping[str, Geometry | None],
-          state_mark: Any) -> None:
+def check(
+    hello: Hello, state: WorkloadState | None, record: Record, geometry: Mapping[str, Geometry | None], state_mark: Any
+) -> None:
     """Refuse a sender that may not write here.
 
     Args:
@@ -38,42 +40,65 @@ def check(hello: Hello, state: WorkloadState | None, record: Record, geometry: M
     workload = hello.workload
     if state is None or state.role != "standby":
         role = "none" if state is None else state.role
-        raise RefusedError(f"workload {workload} has the role {role} on this host, only a standby receives",
-                           hint="see which host is primary: ansible-playbook status.yml", reason="wrong_role")
+        raise RefusedError(
+            f"workload {workload} has the role {role} on this host, only a standby receives",
+            hint="see which host is primary: ansible-playbook status.yml",
+            reason="wrong_role",
+        )
     if sealed(record, state, state_mark):
-        raise RefusedError(f"workload {workload} is prepared for promotion here and takes no more data",
-                           hint="finish or cancel the handover: run failover.yml again", reason="sealed")
+        raise RefusedError(
+            f"workload {workload} is prepared for promotion here and takes no more data",
+            hint="finish or cancel the handover: run failover.yml again",
+            reason="sealed",
+        )
     mine = state.generation or {}
     theirs = {"number": hello.generation.number, "id": hello.generation.id}
     if {"number": mine.get("number"), "id": mine.get("id")} != theirs:
         relation = "newer" if int(mine.get("number") or 0) > hello.generation.number else "another"
-        raise RefusedError(f"the replica here is of {relation} generation {_name(mine)}, {hello.host} ships "
-                           f"{_name(theirs)}", hint="compare the histories: bmigrate handover discover on both hosts",
-                           reason="wrong_generation")
+        raise RefusedError(
+            f"the replica here is of {relation} generation {_name(mine)}, {hello.host} ships {_name(theirs)}",
+            hint="compare the histories: bmigrate handover discover on both hosts",
+            reason="wrong_generation",
+        )
     named = {volume.name for volume in hello.volumes}
     for name in sorted(named - set(geometry)):
-        raise RefusedError(f"workload {workload} has no volume {name} on this host", volume=name,
-                           hint="install the same configuration on both hosts: run install.yml",
-                           reason="unknown_volume")
+        raise RefusedError(
+            f"workload {workload} has no volume {name} on this host",
+            volume=name,
+            hint="install the same configuration on both hosts: run install.yml",
+            reason="unknown_volume",
+        )
     for name in sorted(set(geometry) - named):
-        raise RefusedError(f"{hello.host} does not ship volume {name}; all volumes of a workload go together",
-                           volume=name, hint="install the same configuration on both hosts: run install.yml",
-                           reason="missing_volume")
+        raise RefusedError(
+            f"{hello.host} does not ship volume {name}; all volumes of a workload go together",
+            volume=name,
+            hint="install the same configuration on both hosts: run install.yml",
+            reason="missing_volume",
+        )
     for volume in hello.volumes:
         place = geometry[volume.name]
         if place is None:
-            raise RefusedError(f"the device of volume {volume.name} is not held exclusively on this host",
-                               volume=volume.name, hint="see why: bmigrate status, journalctl -u bmigrate-hold",
-                               reason="not_held")
+            raise RefusedError(
+                f"the device of volume {volume.name} is not held exclusively on this host",
+                volume=volume.name,
+                hint="see why: bmigrate status, journalctl -u bmigrate-hold",
+                reason="not_held",
+            )
         if place.size_bytes < volume.size_bytes:
-            raise RefusedError(f"the device here has {place.size_bytes} bytes, the source's {volume.size_bytes}",
-                               volume=volume.name, hint="use a device at least as large as the source's",
-                               reason="too_small")
+            raise RefusedError(
+                f"the device here has {place.size_bytes} bytes, the source's {volume.size_bytes}",
+                volume=volume.name,
+                hint="use a device at least as large as the source's",
+                reason="too_small",
+            )
         if place.logical_block_size > volume.logical_block_size:
-            raise RefusedError(f"the device here has logical blocks of {place.logical_block_size} bytes, the source's "
-                               f"of {volume.logical_block_size}", volume=volume.name,
-                               hint="use a device with logical blocks no larger than the source's",
-                               reason="block_size")
+            raise RefusedError(
+                f"the device here has logical blocks of {place.logical_block_size} bytes, the source's "
+                f"of {volume.logical_block_size}",
+                volume=volume.name,
+                hint="use a device with logical blocks no larger than the source's",
+                reason="block_size",
+            )
 
 
 def sealed(record: Record, state: WorkloadState, state_mark: Any) -> bool:

@@ -5,6 +5,7 @@ It promises that while a `HeldDevice` exists (or its descriptor waits in the ser
 store) nobody can mount the device or stack anything on it. The descriptor is read-only: hold can
 never write a byte of data. All access to the device goes through `common.blockdev`.
 """
+
 from __future__ import annotations
 
 import errno
@@ -57,9 +58,12 @@ class HeldDevice:
             RefusedError: reason ``device_changed`` or ``device_missing``.
         """
         if blockdev.device_number(self.path) != self.number:
-            raise RefusedError(f"{self.path} now leads to another device than the one held exclusively",
-                               volume=self.volume, reason="device_changed",
-                               hint="see ls -l /dev/disk/by-id; restart bmigrate-hold to take the other device")
+            raise RefusedError(
+                f"{self.path} now leads to another device than the one held exclusively",
+                volume=self.volume,
+                reason="device_changed",
+                hint="see ls -l /dev/disk/by-id; restart bmigrate-hold to take the other device",
+            )
 
     def refresh(self) -> None:
         """Drop caches, read the partition table again, and prove that a buffered read agrees with the device.
@@ -72,9 +76,12 @@ class HeldDevice:
             blockdev.reread_partitions(self.fd)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTTY):  # no partitions are possible there
-                raise RefusedError(f"the partition table of {self.path} cannot be read again: {error.strerror}",
-                                   volume=self.volume, reason="partitions_busy",
-                                   hint="something uses a partition of it: lsblk " + self.path) from error
+                raise RefusedError(
+                    f"the partition table of {self.path} cannot be read again: {error.strerror}",
+                    volume=self.volume,
+                    reason="partitions_busy",
+                    hint="something uses a partition of it: lsblk " + self.path,
+                ) from error
         size = blockdev.size_bytes(self.fd)
         edge = min(_EDGE_BYTES, size)
         direct = blockdev.DirectReader(self.fd, edge)
@@ -82,9 +89,12 @@ class HeldDevice:
         try:
             for offset in sorted({0, size - edge - (size - edge) % self.geometry.logical_block_size}):
                 if direct.read(offset, edge) != os.pread(buffered, edge, offset):
-                    raise RefusedError(f"a buffered read of {self.path} at byte {offset} differs from the device",
-                                       volume=self.volume, reason="stale_cache",
-                                       hint="find who else has the device open: fuser -v " + self.path)
+                    raise RefusedError(
+                        f"a buffered read of {self.path} at byte {offset} differs from the device",
+                        volume=self.volume,
+                        reason="stale_cache",
+                        hint="find who else has the device open: fuser -v " + self.path,
+                    )
         finally:
             os.close(buffered)
 
@@ -106,8 +116,12 @@ class HeldDevice:
                 if error.errno != errno.EBUSY:
                     return  # the device is gone: there is nothing to let go of
                 if time.monotonic() >= deadline:
-                    log.warning("workload %s: volume %s: %s is still in use after it was let go", self.workload,
-                                self.volume, path)
+                    log.warning(
+                        "workload %s: volume %s: %s is still in use after it was let go",
+                        self.workload,
+                        self.volume,
+                        path,
+                    )
                     return
             time.sleep(0.002)
 
@@ -133,14 +147,23 @@ def take(workload: str, volume: str, path: str, hold_id: str) -> HeldDevice:
     except OSError as error:
         if error.errno == errno.EBUSY:
             users = "; ".join(blockdev.holders(path)) or "nobody that can be seen (another mount namespace?)"
-            raise RefusedError(f"{path} is in use: {users}", volume=volume, reason="device_busy",
-                               hint="end that use (umount, vgchange -an, mdadm --stop) and try again") from error
-        raise RefusedError(f"{path} cannot be opened: {error.strerror}", volume=volume, reason="device_missing",
-                           hint="check the device and the configuration") from error
+            raise RefusedError(
+                f"{path} is in use: {users}",
+                volume=volume,
+                reason="device_busy",
+                hint="end that use (umount, vgchange -an, mdadm --stop) and try again",
+            ) from error
+        raise RefusedError(
+            f"{path} cannot be opened: {error.strerror}",
+            volume=volume,
+            reason="device_missing",
+            hint="check the device and the configuration",
+        ) from error
     if os.fstat(fd).st_rdev != number:
         os.close(fd)
-        raise RefusedError(f"{path} changed while it was opened", volume=volume, reason="device_changed",
-                           hint="try again")
+        raise RefusedError(
+            f"{path} changed while it was opened", volume=volume, reason="device_changed", hint="try again"
+        )
     sysd.store_fd(fd_name(workload, volume, hold_id), fd)
     return HeldDevice(workload, volume, path, fd, number, hold_id)
 

@@ -6,6 +6,7 @@ manager's store) and never lets an old receiver live on (they are on file and ar
 start). Stopped in good order it kills the receivers, waits for them, and notes what proves at the
 next start that nobody wrote meanwhile. Signals only set a flag; one loop does everything.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,10 +31,13 @@ log = logging.getLogger("bmigrate-hold")
 def main(arguments: Sequence[str]) -> int:
     """Run the program; returns the exit code of the documented table."""
     parser = argparse.ArgumentParser(
-        prog="bmigrate-hold", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="bmigrate-hold",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Holds the volumes of all standby workloads exclusively, and lends them to one receiver at a\n"
-                    "time. A service of systemd (bmigrate-hold.service); there is nothing to configure here.",
-        epilog=exit_code_table())
+        "time. A service of systemd (bmigrate-hold.service); there is nothing to configure here.",
+        epilog=exit_code_table(),
+    )
     parser.add_argument("--version", action="version", version=f"bmigrate-hold {__version__}")
     parser.parse_args(arguments)
     logs.setup("bmigrate-hold")

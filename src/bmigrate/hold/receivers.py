@@ -6,6 +6,7 @@ of the process has left the kernel for good, so no write of it can be on its way
 receiver is on file (in /run, so for this boot) before it is granted anything, so that the next
 incarnation of hold can still kill it. It must never signal a process by number.
 """
+
 from __future__ import annotations
 
 import os
@@ -119,5 +120,6 @@ class Receivers:
 
     def _store(self, receivers: list[Receiver]) -> None:
         atomic.make_directory(self._path.parent)
-        atomic.replace_json(self._path, [{"pid": item.pid, "started": item.started, "epoch": item.epoch}
-                                         for item in receivers])
+        atomic.replace_json(
+            self._path, [{"pid": item.pid, "started": item.started, "epoch": item.epoch} for item in receivers]
+        )

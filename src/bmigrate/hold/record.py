@@ -4,6 +4,7 @@
 It promises that an epoch or a suspicion is on disk before anybody is told of it. It must never be
 written by anyone but hold; others may read it (it is replaced as a whole).
 """
+
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
@@ -79,11 +80,19 @@ def load(workload: str) -> Record:
     try:
         if fields["schema"] != SCHEMA:
             raise KeyError("schema")
-        return Record(workload, int(fields["epoch"]), fields["session"], fields["sealed"],
-                      {name: VolumeRecord(**item) for name, item in fields["volumes"].items()})
+        return Record(
+            workload,
+            int(fields["epoch"]),
+            fields["session"],
+            fields["sealed"],
+            {name: VolumeRecord(**item) for name, item in fields["volumes"].items()},
+        )
     except (KeyError, TypeError, ValueError) as error:
-        raise DefectError(f"{path} has a form that this version does not know: {error}", reason="damaged",
-                          hint="install the version of bmigrate that wrote it, or restore it from a backup") from error
+        raise DefectError(
+            f"{path} has a form that this version does not know: {error}",
+            reason="damaged",
+            hint="install the version of bmigrate that wrote it, or restore it from a backup",
+        ) from error
 
 
 def save(record: Record) -> None:

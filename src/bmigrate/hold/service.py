@@ -4,6 +4,7 @@
 It promises that a request which needs the receivers gone is answered only after the kernel has said
 so. Requests are described in docs/protocol.md.
 """
+
 from __future__ import annotations
 
 import logging
@@ -33,8 +34,13 @@ class Service:
         self._stamps: dict[str, tuple[int, int]] = {}
         self._stored: dict[str, int] = {}
         self._operations = {
-            "status": self._status, "hold": self._hold, "release": self._release, "register": self._register,
-            "fence": self._fence, "refresh": self._refresh, "clear_suspect": self._clear_suspect,
+            "status": self._status,
+            "hold": self._hold,
+            "release": self._release,
+            "register": self._register,
+            "fence": self._fence,
+            "refresh": self._refresh,
+            "clear_suspect": self._clear_suspect,
             "reload": self._reload,
         }
 
@@ -93,8 +99,11 @@ class Service:
         """One request of the socket; see rpc.Server."""
         operation = self._operations.get(str(request.get("op")))
         if operation is None:
-            raise UsageError(f"hold has no operation {request.get('op')!r}", reason="bad_request",
-                             hint="known: " + ", ".join(sorted(self._operations)))
+            raise UsageError(
+                f"hold has no operation {request.get('op')!r}",
+                reason="bad_request",
+                hint="known: " + ", ".join(sorted(self._operations)),
+            )
         return operation(connection, request)
 
     def _workload(self, request: Request) -> Workload:
@@ -102,8 +111,11 @@ class Service:
         if name not in self.workloads:
             self.load_configs()
         if name not in self.workloads:
-            raise UsageError(f"workload {name} is not configured on this host", reason="unknown_workload",
-                             hint="configured: " + (", ".join(sorted(self.workloads)) or "none"))
+            raise UsageError(
+                f"workload {name} is not configured on this host",
+                reason="unknown_workload",
+                hint="configured: " + (", ".join(sorted(self.workloads)) or "none"),
+            )
         return self.workloads[name]
 
     def _status(self, connection: Connection, request: Request) -> dict[str, Any]:
@@ -125,11 +137,13 @@ class Service:
         try:
             hello = decode_hello(request["hello"])
         except FrameError as error:
-            raise RefusedError(str(error), reason=error.reason,
-                               hint="install the same release on both hosts") from error
+            raise RefusedError(
+                str(error), reason=error.reason, hint="install the same release on both hosts"
+            ) from error
         if hello.workload != workload.name:
-            raise RefusedError(f"HELLO is for workload {hello.workload}, the receiver for {workload.name}",
-                               reason="wrong_workload")
+            raise RefusedError(
+                f"HELLO is for workload {hello.workload}, the receiver for {workload.name}", reason="wrong_workload"
+            )
         workload.register(connection, request, hello)
         return LATER
 
@@ -155,8 +169,10 @@ class Service:
             workload.unseal()
             workload.take_now()
         self.tick()
-        return {"problems": [error.to_dict() for error in problems],
-                "volumes": [item for workload in self.workloads.values() for item in workload.status_volumes()]}
+        return {
+            "problems": [error.to_dict() for error in problems],
+            "volumes": [item for workload in self.workloads.values() for item in workload.status_volumes()],
+        }
 
 
 def _load(workload: str) -> config.Config:

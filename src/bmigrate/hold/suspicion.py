@@ -5,6 +5,7 @@ A reason means: a block here may differ from what the source believes to have sh
 dirty bit there. In doubt the answer is a reason: it costs a comparison, its absence could cost data.
 It must never clear a suspicion; only a finished resync does.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -16,8 +17,14 @@ from bmigrate.receive.ackfile import Ack
 from bmigrate.wire.hello import Hello
 
 
-def at_take(old: VolumeRecord | None, *, boot_id: str, identity: Mapping[str, Any], counters: WriteCounters,
-            superblock_digest: Callable[[], str]) -> str | None:
+def at_take(
+    old: VolumeRecord | None,
+    *,
+    boot_id: str,
+    identity: Mapping[str, Any],
+    counters: WriteCounters,
+    superblock_digest: Callable[[], str],
+) -> str | None:
     """The rules when the device has just been opened exclusively, and was not held a moment ago.
 
     Args:
@@ -31,8 +38,11 @@ def at_take(old: VolumeRecord | None, *, boot_id: str, identity: Mapping[str, An
     if dict(identity) != old.identity:
         return f"another device than before: {_difference(old.identity, identity)}"
     if old.closed is None:
-        return ("this host stopped without closing the volume (crash or power cut)" if old.boot_id != boot_id
-                else "bmigrate-hold lost its exclusive hold without an orderly stop")
+        return (
+            "this host stopped without closing the volume (crash or power cut)"
+            if old.boot_id != boot_id
+            else "bmigrate-hold lost its exclusive hold without an orderly stop"
+        )
     if not counters.counted:
         return "the kernel does not count writes to the device (queue/iostats is 0), so none can be ruled out"
     if old.closed["boot_id"] == boot_id:
@@ -75,18 +85,24 @@ def at_handshake(record: Record, ack: Ack | None, hello: Hello) -> str | None:
             return f"both hosts remember epoch {last.epoch} differently"
         noted = (ack.epoch, ack.ack) if ack is not None else (0, 0)
         if last.ack and (last.epoch, last.ack) > noted:
-            return (f"the source was told that SYNC {last.ack} of epoch {last.epoch} is durable, this host remembers "
-                    f"only {noted[1]} of epoch {noted[0]}: this host went back")
+            return (
+                f"the source was told that SYNC {last.ack} of epoch {last.epoch} is durable, this host remembers "
+                f"only {noted[1]} of epoch {noted[0]}: this host went back"
+            )
     known = last.epoch if last is not None else 0
     if ack is not None and ack.generation_id == hello.generation.id and ack.epoch > known:
-        return (f"this host acknowledged data in epoch {ack.epoch}, the source remembers no session after epoch "
-                f"{known}: the source went back")
+        return (
+            f"this host acknowledged data in epoch {ack.epoch}, the source remembers no session after epoch "
+            f"{known}: the source went back"
+        )
     return None
 
 
 def _growth(before: WriteCounters, now: WriteCounters) -> str:
-    return (f"{now.writes - before.writes} writes, {now.sectors_written - before.sectors_written} sectors, "
-            f"{now.discards - before.discards} discards")
+    return (
+        f"{now.writes - before.writes} writes, {now.sectors_written - before.sectors_written} sectors, "
+        f"{now.discards - before.discards} discards"
+    )
 
 
 def _count(now: WriteCounters) -> str:

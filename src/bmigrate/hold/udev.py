@@ -8,6 +8,7 @@ device keeps. The marker is durable and follows the durable role; after a change
 triggered. It must never decide who may write: the exclusive hold does that. This only keeps
 curious programs away.
 """
+
 from __future__ import annotations
 
 import os
@@ -47,7 +48,7 @@ def content(workload: str, volume: str, path: str, links: list[str]) -> str:
         path: the configured device path; it stays whatever kind of link it is.
         links: all links of the device, relative to /dev; those that name its content go.
     """
-    own = path[len("/dev/"):] if path.startswith("/dev/disk/") else ""
+    own = path[len("/dev/") :] if path.startswith("/dev/disk/") else ""
     kept = [own] if own else []
     kept += [link for link in sorted(links) if link != own and not link.startswith(_CONTENT_LINKS)]
     kept = [link for link in kept if _SAFE.match(link)][:MAX_LINKS]

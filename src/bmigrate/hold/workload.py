@@ -7,6 +7,7 @@ told. A grant before that would let bytes of an old connection land after newer 
 epoch be given twice. Work that needs the receivers gone is queued (`when_quiet`), one at a time:
 nothing here blocks on a dying process.
 """
+
 from __future__ import annotations
 
 import logging
@@ -59,9 +60,14 @@ class Answer:
             except BmigrateError as error:
                 self._connection.fail(self._request, error)
             except OSError as error:
-                self._connection.fail(self._request, RefusedError(
-                    f"hold could not {self._request.get('op')}: {error}", reason="os_error",
-                    hint="see: journalctl -u bmigrate-hold, and the space left in /var/lib/bmigrate"))
+                self._connection.fail(
+                    self._request,
+                    RefusedError(
+                        f"hold could not {self._request.get('op')}: {error}",
+                        reason="os_error",
+                        hint="see: journalctl -u bmigrate-hold, and the space left in /var/lib/bmigrate",
+                    ),
+                )
 
         return guarded
 
@@ -107,8 +113,11 @@ class Workload:
                 continue
             device = devices.recover(self.name, volume, self.config.device(volume), hold_id, fd)
             if device is None:
-                log.warning("workload %s: volume %s: the device held before is not the configured one any more",
-                            self.name, volume)
+                log.warning(
+                    "workload %s: volume %s: the device held before is not the configured one any more",
+                    self.name,
+                    volume,
+                )
                 continue
             old = self.record.volumes.get(volume)
             if old is not None and old.hold_id == hold_id and old.boot_id == self._boot_id:
@@ -172,8 +181,11 @@ class Workload:
             RefusedError: reason ``wrong_role`` while the durable role is standby.
         """
         if self._state_role() == "standby":
-            raise RefusedError(f"workload {self.name} is a standby on this host: its devices stay held",
-                               hint="only a promotion, or an uninstall, changes the role", reason="wrong_role")
+            raise RefusedError(
+                f"workload {self.name} is a standby on this host: its devices stay held",
+                hint="only a promotion, or an uninstall, changes the role",
+                reason="wrong_role",
+            )
 
         def release() -> None:
             self.record.volumes.clear()
@@ -195,8 +207,11 @@ class Workload:
         self._sample()
         for name, device in self.held.items():
             item = self.record.volumes[name]
-            item.closed = {"boot_id": self._boot_id, "counters": item.counters,
-                           "superblock_digest": blockdev.superblock_digest(device.path)}
+            item.closed = {
+                "boot_id": self._boot_id,
+                "counters": item.counters,
+                "superblock_digest": blockdev.superblock_digest(device.path),
+            }
         self._note_session_closed()
         record.save(self.record)
 
@@ -235,12 +250,16 @@ class Workload:
                 return
             self._sample()
             self.record.epoch += 1
-            self.record.sealed = {"epoch": self.record.epoch, "state": state_mark(self.name),
-                                  "hold_ids": {name: item.hold_id for name, item in self.held.items()}}
+            self.record.sealed = {
+                "epoch": self.record.epoch,
+                "state": state_mark(self.name),
+                "hold_ids": {name: item.hold_id for name, item in self.held.items()},
+            }
             self._note_session_closed()
             record.save(self.record)
-            answer.reply({"epoch": self.record.epoch,
-                          "volumes": {item["volume"]: item for item in self.status_volumes()}})
+            answer.reply(
+                {"epoch": self.record.epoch, "volumes": {item["volume"]: item for item in self.status_volumes()}}
+            )
 
         self.when_quiet(answer.guard(seal))
 
@@ -281,8 +300,11 @@ class Workload:
         for item in self.config.volumes:
             if item.name not in self.held:
                 raise self.errors.get(item.name) or RefusedError(
-                    f"volume {item.name} of workload {self.name} is not held exclusively", volume=item.name,
-                    reason="not_held", hint="see: journalctl -u bmigrate-hold")
+                    f"volume {item.name} of workload {self.name} is not held exclusively",
+                    volume=item.name,
+                    reason="not_held",
+                    hint="see: journalctl -u bmigrate-hold",
+                )
 
     def status_volumes(self) -> list[dict[str, Any]]:
         """One dictionary for each volume; see docs/protocol.md."""
@@ -294,15 +316,24 @@ class Workload:
             sealed_ids = (self.record.sealed or {}).get("hold_ids")
             same = sealed_ids is None or (device is not None and sealed_ids.get(item.name) == device.hold_id)
             error = self.errors.get(item.name)
-            found.append({
-                "workload": self.name, "volume": item.name, "device": item.devices[self.config.host], "role": role,
-                "held": device is not None, "hold_id": device.hold_id if device else None,
-                "continuous": device is not None and suspect is None and same, "suspect": suspect,
-                "sealed": self.record.sealed is not None, "epoch": self.record.epoch,
-                "session_open": self.record.session_open,
-                "receivers": [receiver.pid for receiver in self.receivers.alive], "waiting": len(self._waiting),
-                "error": error.to_dict() if error is not None and device is None else None,
-            })
+            found.append(
+                {
+                    "workload": self.name,
+                    "volume": item.name,
+                    "device": item.devices[self.config.host],
+                    "role": role,
+                    "held": device is not None,
+                    "hold_id": device.hold_id if device else None,
+                    "continuous": device is not None and suspect is None and same,
+                    "suspect": suspect,
+                    "sealed": self.record.sealed is not None,
+                    "epoch": self.record.epoch,
+                    "session_open": self.record.session_open,
+                    "receivers": [receiver.pid for receiver in self.receivers.alive],
+                    "waiting": len(self._waiting),
+                    "error": error.to_dict() if error is not None and device is None else None,
+                }
+            )
         return found
 
     # -- inner workings ----------------------------------------------------------------------------
@@ -320,8 +351,9 @@ class Workload:
             self._udev_problem.pop(volume, None)
         elif self._udev_problem.get(volume) != problem:
             self._udev_problem[volume] = problem
-            log.warning("workload %s: volume %s: udev cannot be told to leave %s alone: %s", self.name, volume, path,
-                        problem)
+            log.warning(
+                "workload %s: volume %s: udev cannot be told to leave %s alone: %s", self.name, volume, path, problem
+            )
 
     def _state_role(self) -> str:
         current = state.load(self.name)
@@ -338,8 +370,13 @@ class Workload:
             try:
                 device = devices.take(self.name, item.name, item.devices[self.config.host], os.urandom(16).hex())
             except BmigrateError as error:
-                log.error("workload %s: volume %s cannot be held, the next try is in %g s: %s", self.name, item.name,
-                          self._retry_seconds, error)
+                log.error(
+                    "workload %s: volume %s cannot be held, the next try is in %g s: %s",
+                    self.name,
+                    item.name,
+                    self._retry_seconds,
+                    error,
+                )
                 self.errors[item.name] = error
                 continue
             self._judge(device)
@@ -349,10 +386,16 @@ class Workload:
         """Put a device that was just taken on record, with what can be said of the time before."""
         old = self.record.volumes.get(device.volume)
         identity, counters = blockdev.identity(device.path), device.counters()
-        reason = suspicion.at_take(old, boot_id=self._boot_id, identity=identity, counters=counters,
-                                   superblock_digest=lambda: blockdev.superblock_digest(device.path))
+        reason = suspicion.at_take(
+            old,
+            boot_id=self._boot_id,
+            identity=identity,
+            counters=counters,
+            superblock_digest=lambda: blockdev.superblock_digest(device.path),
+        )
         self.record.volumes[device.volume] = VolumeRecord(
-            device.path, identity, self._boot_id, device.hold_id, counters.to_dict(), reason)
+            device.path, identity, self._boot_id, device.hold_id, counters.to_dict(), reason
+        )
         self.held[device.volume] = device
         self.errors.pop(device.volume, None)
         if reason is not None:
@@ -396,8 +439,9 @@ class Workload:
                 self.receivers.kill_all()
 
     def _admit(self, hello: Hello) -> None:
-        geometry = {item.name: self.held[item.name].geometry if item.name in self.held else None
-                    for item in self.config.volumes}
+        geometry = {
+            item.name: self.held[item.name].geometry if item.name in self.held else None for item in self.config.volumes
+        }
         admission.check(hello, state.load(self.name), self.record, geometry, state_mark(self.name))
         for device in self.held.values():
             device.check_path()
@@ -419,8 +463,12 @@ class Workload:
             self.record.epoch = receiver.epoch = max(self.record.epoch, last, hello.highest_epoch) + 1
             self.record.sealed = None
             self.record.session = {
-                "epoch": self.record.epoch, "session_id": os.urandom(16).hex(), "host": hello.host, "open": True,
-                "generation": {"number": hello.generation.number, "id": hello.generation.id}}
+                "epoch": self.record.epoch,
+                "session_id": os.urandom(16).hex(),
+                "host": hello.host,
+                "open": True,
+                "generation": {"number": hello.generation.number, "id": hello.generation.id},
+            }
             self.receivers.admit(receiver)
             faults.point("hold.admitted")
             record.save(self.record)
@@ -430,20 +478,45 @@ class Workload:
                 self.receivers.kill(receiver)
             else:
                 os.close(receiver.pidfd)
-            connection.fail(request, error if isinstance(error, BmigrateError) else RefusedError(
-                f"the fence of workload {self.name} cannot be made durable: {error}", reason="os_error"))
+            connection.fail(
+                request,
+                error
+                if isinstance(error, BmigrateError)
+                else RefusedError(
+                    f"the fence of workload {self.name} cannot be made durable: {error}", reason="os_error"
+                ),
+            )
             return
         self._session = (receiver, connection)
         connection.on_close.append(lambda: self.receivers.kill(receiver))
-        log.info("workload %s: epoch %d, session %s is granted to process %d for %s", self.name, self.record.epoch,
-                 self.record.session["session_id"], receiver.pid, hello.host)
-        connection.reply(request, {
-            "epoch": self.record.epoch, "session_id": self.record.session["session_id"], "host": self.config.host,
-            "boot_id": self._boot_id, "silence_seconds": self.config.limits.silence_seconds,
-            "volumes": {name: {"device": device.path, "number": device.number, "size_bytes": device.geometry.size_bytes,
-                               "logical_block_size": device.geometry.logical_block_size,
-                               "suspect": self.record.volumes[name].suspect}
-                        for name, device in self.held.items()}})
+        log.info(
+            "workload %s: epoch %d, session %s is granted to process %d for %s",
+            self.name,
+            self.record.epoch,
+            self.record.session["session_id"],
+            receiver.pid,
+            hello.host,
+        )
+        connection.reply(
+            request,
+            {
+                "epoch": self.record.epoch,
+                "session_id": self.record.session["session_id"],
+                "host": self.config.host,
+                "boot_id": self._boot_id,
+                "silence_seconds": self.config.limits.silence_seconds,
+                "volumes": {
+                    name: {
+                        "device": device.path,
+                        "number": device.number,
+                        "size_bytes": device.geometry.size_bytes,
+                        "logical_block_size": device.geometry.logical_block_size,
+                        "suspect": self.record.volumes[name].suspect,
+                    }
+                    for name, device in self.held.items()
+                },
+            },
+        )
 
 
 def state_mark(workload: str) -> list[int] | None:

@@ -6,6 +6,7 @@ never looks like a note: two slots are written in turn, each with its own checks
 one stays whole while the younger is written. The receiver writes it before each ACK leaves; hold
 reads it at each handshake, to see whether this host went back in time. Format: docs/on-disk.md.
 """
+
 from __future__ import annotations
 
 import os
@@ -47,7 +48,7 @@ def encode(ack: Ack) -> bytes:
 
 def decode(raw: bytes) -> Ack | None:
     """The acknowledgement of one slot, or None when the slot is empty or torn."""
-    if len(raw) < SLOT_BYTES or zlib.crc32(raw[:_SLOT.size]) != _CRC.unpack_from(raw, _SLOT.size)[0]:
+    if len(raw) < SLOT_BYTES or zlib.crc32(raw[: _SLOT.size]) != _CRC.unpack_from(raw, _SLOT.size)[0]:
         return None
     magic, version, epoch, number, session, generation = _SLOT.unpack_from(raw)
     if magic != MAGIC or version != 1:
@@ -57,7 +58,7 @@ def decode(raw: bytes) -> Ack | None:
 
 def latest(raw: bytes) -> Ack | None:
     """The younger of the whole slots of a file's content."""
-    found = [ack for ack in (decode(raw[at:at + SLOT_BYTES]) for at in (0, SLOT_BYTES)) if ack is not None]
+    found = [ack for ack in (decode(raw[at : at + SLOT_BYTES]) for at in (0, SLOT_BYTES)) if ack is not None]
     return max(found, default=None)
 
 

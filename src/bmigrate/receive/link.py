@@ -7,6 +7,7 @@ too, because without hold nobody could kill it before the next session writes. T
 payloads are read into is page-aligned, so that a DATA payload goes from the pipe to the device
 without another copy. Only one frame is in memory at any time.
 """
+
 from __future__ import annotations
 
 import fcntl
@@ -79,8 +80,11 @@ class Link:
         Raises:
             UnreachableError: it does not take it.
         """
-        parts = [memoryview(part) for part in self.writer.encode(type_, volume=volume, offset=offset, aux=aux,
-                                                                 payload=payload) if len(part)]
+        parts = [
+            memoryview(part)
+            for part in self.writer.encode(type_, volume=volume, offset=offset, aux=aux, payload=payload)
+            if len(part)
+        ]
         deadline = time.monotonic() + self.silence_seconds
         while parts:
             try:
@@ -90,8 +94,9 @@ class Link:
                 poll = select.poll()
                 poll.register(self._out, select.POLLOUT)
                 if left <= 0 or not poll.poll(left * 1000):
-                    raise UnreachableError(f"the sender has taken nothing for {self.silence_seconds:g} s",
-                                           reason="silence") from None
+                    raise UnreachableError(
+                        f"the sender has taken nothing for {self.silence_seconds:g} s", reason="silence"
+                    ) from None
                 continue
             except OSError as error:
                 raise UnreachableError(f"the sender is gone: {error.strerror}", reason="sender_gone") from error
@@ -120,5 +125,8 @@ class Link:
     def _check_hold(self, timeout_seconds: float) -> None:
         for fd, _events in self._poll.poll(timeout_seconds * 1000):
             if fd == self._hold:
-                raise UnreachableError("bmigrate-hold closed the connection: this session is over",
-                                       hint="see: journalctl -u bmigrate-hold", reason="session_over")
+                raise UnreachableError(
+                    "bmigrate-hold closed the connection: this session is over",
+                    hint="see: journalctl -u bmigrate-hold",
+                    reason="session_over",
+                )

@@ -6,6 +6,7 @@ older receiver is dead and that is durable. It names its workload on its own com
 authorized_keys; whatever the client asked for (SSH_ORIGINAL_COMMAND) is ignored, and no argument
 but ``--workload`` is taken. stdout carries frames and nothing else; people read stderr.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -37,21 +38,34 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self) -> None:
         super().__init__(
-            prog="breceive", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+            prog="breceive",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             description="Receives one session of a workload's blocks on standard input and writes them to the\n"
-                        "standby's devices. Not for use by hand: sshd starts it as the forced command of the\n"
-                        "workload's key, and bmigrate-hold must be running and hold the devices.",
-            epilog=exit_code_table())
-        self.add_argument("--workload", required=True, metavar="NAME", action=_Once,
-                          help="the one workload that this connection may write to")
+            "standby's devices. Not for use by hand: sshd starts it as the forced command of the\n"
+            "workload's key, and bmigrate-hold must be running and hold the devices.",
+            epilog=exit_code_table(),
+        )
+        self.add_argument(
+            "--workload",
+            required=True,
+            metavar="NAME",
+            action=_Once,
+            help="the one workload that this connection may write to",
+        )
         self.add_argument("--version", action="version", version=f"breceive {__version__}")
 
 
 class _Once(argparse.Action):
     """Takes an option once: a second one might be an addition by the client."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
-                 option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         if getattr(namespace, self.dest) is not None:
             parser.error(f"{option_string} is given twice")
         if not re.fullmatch(NAME_PATTERN[1:-1], values):
@@ -67,18 +81,31 @@ def main(arguments: Sequence[str]) -> int:
     try:
         reason = serve(link, workload)
     except FrameError as error:
-        return _end(link, RefusedError(f"bad frame from the sender of workload {workload}: {error}",
-                                       hint="the session has ended; what was not acknowledged is sent again",
-                                       reason=error.reason))
+        return _end(
+            link,
+            RefusedError(
+                f"bad frame from the sender of workload {workload}: {error}",
+                hint="the session has ended; what was not acknowledged is sent again",
+                reason=error.reason,
+            ),
+        )
     except BmigrateError as error:
         return _end(link, error)
     except OSError as error:
-        return _end(link, RefusedError(f"workload {workload}: {error}", hint="see the kernel log of this host",
-                                       reason="os_error"))
+        return _end(
+            link,
+            RefusedError(f"workload {workload}: {error}", hint="see the kernel log of this host", reason="os_error"),
+        )
     except Exception as error:  # the last resort: the peer must hear of a defect too
         log.exception("defect")
-        return _end(link, DefectError(f"breceive for workload {workload} failed: {error!r}",
-                                      hint="this is a bug; the trace is in the log", reason="unexpected"))
+        return _end(
+            link,
+            DefectError(
+                f"breceive for workload {workload} failed: {error!r}",
+                hint="this is a bug; the trace is in the log",
+                reason="unexpected",
+            ),
+        )
     log.info("workload %s: session over: %s", workload, reason)
     return 0
 
@@ -96,8 +123,11 @@ def serve(link: Link, workload: str) -> str:
         raise RefusedError(f"the first frame is {frame.type.name}, expected HELLO", reason="bad_type")
     hello = greeting.decode_hello(frame.payload)
     if hello.workload != workload:
-        raise RefusedError(f"the sender wants workload {hello.workload!r}, its key is for {workload!r}",
-                           hint="each workload has its own key; run install.yml again", reason="wrong_workload")
+        raise RefusedError(
+            f"the sender wants workload {hello.workload!r}, its key is for {workload!r}",
+            hint="each workload has its own key; run install.yml again",
+            reason="wrong_workload",
+        )
     with rpc.Client(paths.hold_socket(), REGISTER_SECONDS) as hold:
         # Hold kills us when the connection closes. A second descriptor keeps it open until this
         # process ends, so that the reason for the end can still be told to the sender.
@@ -112,8 +142,14 @@ def serve(link: Link, workload: str) -> str:
             acks = AckFile(workload, grant["epoch"], grant["session_id"], hello.generation.id)
             link.start_session(grant["epoch"], lifeline, grant["silence_seconds"])
             link.send(FrameType.WELCOME, payload=greeting.encode(_welcome(hello, grant)))
-            log.info("workload %s: session %s of epoch %d with %s, process %d", workload, grant["session_id"],
-                     grant["epoch"], hello.host, os.getpid())
+            log.info(
+                "workload %s: session %s of epoch %d with %s, process %d",
+                workload,
+                grant["session_id"],
+                grant["epoch"],
+                hello.host,
+                os.getpid(),
+            )
 
             def clear_suspect(name: str) -> None:
                 hold.call("clear_suspect", workload=workload, volume=name)
@@ -129,11 +165,22 @@ def serve(link: Link, workload: str) -> str:
 def _welcome(hello: greeting.Hello, grant: dict[str, Any]) -> greeting.Welcome:
     places = grant["volumes"]
     return greeting.Welcome(
-        epoch=grant["epoch"], session_id=grant["session_id"], host=grant["host"], boot_id=grant["boot_id"],
+        epoch=grant["epoch"],
+        session_id=grant["session_id"],
+        host=grant["host"],
+        boot_id=grant["boot_id"],
         silence_seconds=grant["silence_seconds"],
-        volumes=[greeting.WelcomeVolume(volume.name, index, places[volume.name]["size_bytes"],
-                                        places[volume.name]["logical_block_size"], places[volume.name]["suspect"])
-                 for index, volume in enumerate(hello.volumes)])
+        volumes=[
+            greeting.WelcomeVolume(
+                volume.name,
+                index,
+                places[volume.name]["size_bytes"],
+                places[volume.name]["logical_block_size"],
+                places[volume.name]["suspect"],
+            )
+            for index, volume in enumerate(hello.volumes)
+        ],
+    )
 
 
 def _end(link: Link, error: BmigrateError) -> int:

@@ -6,6 +6,7 @@ is durable, and only then the ACK leaves. An ACK that left earlier would let the
 that a power cut here can still take back. Frames are handled one after another in the order in
 which they were sent, so an ACK covers everything before its SYNC.
 """
+
 from __future__ import annotations
 
 import logging
@@ -29,8 +30,9 @@ class Session:
         clear_suspect: tells hold that the volume of that name was compared as a whole and is equal again.
     """
 
-    def __init__(self, link: Link, volumes: list[StandbyVolume], acks: AckFile,
-                 clear_suspect: Callable[[str], None]) -> None:
+    def __init__(
+        self, link: Link, volumes: list[StandbyVolume], acks: AckFile, clear_suspect: Callable[[str], None]
+    ) -> None:
         self._link = link
         self._volumes = volumes
         self._acks = acks
@@ -68,8 +70,10 @@ class Session:
 
     def _volume(self, frame: Frame) -> StandbyVolume:
         if frame.volume >= len(self._volumes):
-            raise RefusedError(f"{frame.type.name} frame for volume number {frame.volume}, the session has "
-                               f"{len(self._volumes)}", reason="unknown_volume")
+            raise RefusedError(
+                f"{frame.type.name} frame for volume number {frame.volume}, the session has {len(self._volumes)}",
+                reason="unknown_volume",
+            )
         return self._volumes[frame.volume]
 
     def _data(self, frame: Frame) -> None:
@@ -101,8 +105,9 @@ class Session:
     def _resync_done(self, frame: Frame) -> None:
         volume = self._volume(frame)
         if any(item.unsynced for item in self._volumes):
-            raise RefusedError("RESYNC_DONE before the SYNC of what the resync wrote", volume=volume.name,
-                               reason="bad_sequence")
+            raise RefusedError(
+                "RESYNC_DONE before the SYNC of what the resync wrote", volume=volume.name, reason="bad_sequence"
+            )
         self._clear_suspect(volume.name)
         log.info("volume %s was compared and is no longer suspect", volume.name)
         self._link.send(FrameType.RESYNC_DONE, volume=frame.volume)

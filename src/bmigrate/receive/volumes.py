@@ -6,6 +6,7 @@ are written and never discarded, and that a failed flush is final: the kernel re
 may forget the pages, so a second fdatasync on the same descriptor would lie. It must never open the
 device exclusively (that is hold's), or write through the page cache.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -45,17 +46,28 @@ class StandbyVolume:
         try:
             self.fd = blockdev.open_direct(device, write=True)
         except OSError as error:
-            raise RefusedError(f"{device} cannot be opened: {error.strerror}", volume=name, reason="device_missing",
-                               hint="see: journalctl -u bmigrate-hold") from error
+            raise RefusedError(
+                f"{device} cannot be opened: {error.strerror}",
+                volume=name,
+                reason="device_missing",
+                hint="see: journalctl -u bmigrate-hold",
+            ) from error
         try:
             if os.fstat(self.fd).st_rdev != number:
-                raise RefusedError(f"{device} is another device than the one that hold has", volume=name,
-                                   hint="restart bmigrate-hold, then compare the volume: bmigrate verify",
-                                   reason="device_changed")
+                raise RefusedError(
+                    f"{device} is another device than the one that hold has",
+                    volume=name,
+                    hint="restart bmigrate-hold, then compare the volume: bmigrate verify",
+                    reason="device_changed",
+                )
             size = blockdev.size_bytes(self.fd)
             if size < limit_bytes:
-                raise RefusedError(f"{device} has {size} bytes, the source's volume {limit_bytes}", volume=name,
-                                   hint="use a device at least as large as the source's", reason="too_small")
+                raise RefusedError(
+                    f"{device} has {size} bytes, the source's volume {limit_bytes}",
+                    volume=name,
+                    hint="use a device at least as large as the source's",
+                    reason="too_small",
+                )
             self.block_bytes = blockdev.logical_block_size(self.fd)
         except BaseException:
             os.close(self.fd)
@@ -160,14 +172,24 @@ class StandbyVolume:
 
     def _check(self, what: str, offset: int, length: int) -> None:
         if offset + length > self.limit_bytes:
-            raise RefusedError(f"{what} frame for bytes {offset} to {offset + length} of a volume of "
-                               f"{self.limit_bytes} bytes", volume=self.name, reason="out_of_bounds",
-                               hint="the sender is defective or the volume has grown; restart bmigrate-ship")
+            raise RefusedError(
+                f"{what} frame for bytes {offset} to {offset + length} of a volume of {self.limit_bytes} bytes",
+                volume=self.name,
+                reason="out_of_bounds",
+                hint="the sender is defective or the volume has grown; restart bmigrate-ship",
+            )
         if offset % self.block_bytes or length % self.block_bytes:
-            raise RefusedError(f"{what} frame for {length} bytes at offset {offset}: not whole blocks of "
-                               f"{self.block_bytes} bytes", volume=self.name, reason="misaligned")
+            raise RefusedError(
+                f"{what} frame for {length} bytes at offset {offset}: not whole blocks of {self.block_bytes} bytes",
+                volume=self.name,
+                reason="misaligned",
+            )
 
     def _failed(self, what: str, error: OSError) -> RefusedError:
-        return RefusedError(f"{what} on {self.device} failed: {error.strerror or error}", volume=self.name,
-                            hint="look at the kernel log of this host (dmesg); the session has ended and nothing "
-                                 "unacknowledged is lost", reason="io_error")
+        return RefusedError(
+            f"{what} on {self.device} failed: {error.strerror or error}",
+            volume=self.name,
+            hint="look at the kernel log of this host (dmesg); the session has ended and nothing "
+            "unacknowledged is lost",
+            reason="io_error",
+        )

@@ -10,6 +10,7 @@ It must never allocate by a length that came from the wire, copy a payload, or d
 here guard frames against damage; they say nothing about equality of data (that needs 128 bits).
 The format is described in docs/protocol.md.
 """
+
 from __future__ import annotations
 
 import enum
@@ -60,13 +61,28 @@ class FrameType(enum.IntEnum):
 
 
 _BOTH = frozenset({FrameType.RESYNC_DONE, FrameType.PING, FrameType.PONG, FrameType.BYE, FrameType.ERROR})
-FROM_SENDER = _BOTH | {FrameType.HELLO, FrameType.DATA, FrameType.ZERO, FrameType.SYNC, FrameType.HASH,
-                       FrameType.REREAD}
+FROM_SENDER = _BOTH | {
+    FrameType.HELLO,
+    FrameType.DATA,
+    FrameType.ZERO,
+    FrameType.SYNC,
+    FrameType.HASH,
+    FrameType.REREAD,
+}
 FROM_RECEIVER = _BOTH | {FrameType.WELCOME, FrameType.ACK, FrameType.HASHES, FrameType.DIGESTS}
 
 _JSON_TYPES = frozenset({FrameType.HELLO, FrameType.WELCOME, FrameType.ERROR})
-_EMPTY_TYPES = frozenset({FrameType.ZERO, FrameType.SYNC, FrameType.ACK, FrameType.RESYNC_DONE, FrameType.PING,
-                          FrameType.PONG, FrameType.BYE})
+_EMPTY_TYPES = frozenset(
+    {
+        FrameType.ZERO,
+        FrameType.SYNC,
+        FrameType.ACK,
+        FrameType.RESYNC_DONE,
+        FrameType.PING,
+        FrameType.PONG,
+        FrameType.BYE,
+    }
+)
 
 
 class FrameError(Exception):
@@ -176,20 +192,24 @@ def chunk_count(length: int, chunk_bytes: int) -> int:
     return -(-length // chunk_bytes)
 
 
-def encode_header(type_: FrameType, *, volume: int, epoch: int, seq: int, offset: int, aux: int, length: int,
-                  payload_crc32: int) -> bytes:
+def encode_header(
+    type_: FrameType, *, volume: int, epoch: int, seq: int, offset: int, aux: int, length: int, payload_crc32: int
+) -> bytes:
     """Pack one header of 56 bytes, its own checksum included."""
     head = HEADER.pack(MAGIC, int(type_), 0, volume, epoch, seq, offset, aux, length, payload_crc32, 0, 0)
     return head[:-4] + _HEADER_CRC.pack(zlib.crc32(head[:-4]))
 
 
 def _decode_header(raw: Buffer) -> _Header:
-    (magic, type_, flags, volume, epoch, seq, offset, aux, length, payload_crc32, reserved,
-     header_crc32) = HEADER.unpack(raw)
+    (magic, type_, flags, volume, epoch, seq, offset, aux, length, payload_crc32, reserved, header_crc32) = (
+        HEADER.unpack(raw)
+    )
     if magic != MAGIC:
-        raise BadMagicError(f"expected a frame (magic BMG1), got the bytes {bytes(raw[:16])!r}; is something else "
-                            "printing into this stream, or is the peer of another version?")
-    if zlib.crc32(memoryview(raw)[:HEADER_BYTES - 4]) != header_crc32:
+        raise BadMagicError(
+            f"expected a frame (magic BMG1), got the bytes {bytes(raw[:16])!r}; is something else "
+            "printing into this stream, or is the peer of another version?"
+        )
+    if zlib.crc32(memoryview(raw)[: HEADER_BYTES - 4]) != header_crc32:
         raise BadHeaderError("the header's checksum is wrong")
     if flags or reserved:
         raise BadHeaderError(f"flags {flags:#x}, reserved field {reserved:#x}: this version knows none")
@@ -198,8 +218,7 @@ def _decode_header(raw: Buffer) -> _Header:
     except ValueError:
         raise BadTypeError(f"frame type {type_} is unknown to protocol version {VERSION}") from None
     if length > MAX_PAYLOAD_BYTES:
-        raise TooLongError(f"{known.name} frame announces {length} bytes of payload, the limit is "
-                           f"{MAX_PAYLOAD_BYTES}")
+        raise TooLongError(f"{known.name} frame announces {length} bytes of payload, the limit is {MAX_PAYLOAD_BYTES}")
     return _Header(known, volume, epoch, seq, offset, aux, length, payload_crc32)
 
 
@@ -223,8 +242,10 @@ def _check_shape(head: _Header) -> None:
             raise BadShapeError(f"DATA frame with aux={head.aux}, expected 0")
     elif head.type is FrameType.HASH:
         if length != _CHUNK.size or not 0 < head.aux <= MAX_HASH_BYTES:
-            raise BadShapeError(f"HASH frame over {head.aux} bytes with a payload of {length}: expected 1 to "
-                                f"{MAX_HASH_BYTES} bytes and {_CHUNK.size}")
+            raise BadShapeError(
+                f"HASH frame over {head.aux} bytes with a payload of {length}: expected 1 to "
+                f"{MAX_HASH_BYTES} bytes and {_CHUNK.size}"
+            )
     elif head.type is FrameType.REREAD:
         if length == 0 or length % _EXTENT.size:
             raise BadShapeError(f"REREAD frame of {length} bytes: expected whole extents of {_EXTENT.size}")
@@ -242,15 +263,19 @@ def _check_payload(frame: Frame) -> None:
     if frame.type is FrameType.HASH:
         chunk = frame.chunk_bytes()
         if not MIN_HASH_CHUNK_BYTES <= chunk <= MAX_PAYLOAD_BYTES or chunk & (chunk - 1):
-            raise BadShapeError(f"HASH frame with chunks of {chunk} bytes: expected a power of two from "
-                                f"{MIN_HASH_CHUNK_BYTES} to {MAX_PAYLOAD_BYTES}")
+            raise BadShapeError(
+                f"HASH frame with chunks of {chunk} bytes: expected a power of two from "
+                f"{MIN_HASH_CHUNK_BYTES} to {MAX_PAYLOAD_BYTES}"
+            )
     elif frame.type is FrameType.REREAD:
         total = 0
         for offset, length in frame.extents():
             total += length
             if length == 0 or offset + length > _MAX_U64 or total > MAX_HASH_BYTES:
-                raise BadShapeError(f"REREAD frame with the extent ({offset}, {length}): lengths must be above 0 "
-                                    f"and at most {MAX_HASH_BYTES} bytes together")
+                raise BadShapeError(
+                    f"REREAD frame with the extent ({offset}, {length}): lengths must be above 0 "
+                    f"and at most {MAX_HASH_BYTES} bytes together"
+                )
 
 
 class FrameWriter:
@@ -263,8 +288,9 @@ class FrameWriter:
         self.epoch = epoch
         self.next_seq = FIRST_SEQ
 
-    def encode(self, type_: FrameType, *, volume: int = 0, offset: int = 0, aux: int = 0,
-               payload: Buffer = b"") -> tuple[bytes, memoryview]:
+    def encode(
+        self, type_: FrameType, *, volume: int = 0, offset: int = 0, aux: int = 0, payload: Buffer = b""
+    ) -> tuple[bytes, memoryview]:
         """Encode one frame.
 
         Args:
@@ -277,13 +303,22 @@ class FrameWriter:
         """
         view = memoryview(payload).cast("B")
         if len(view) > MAX_PAYLOAD_BYTES:
-            raise TooLongError(f"{type_.name} frame with {len(view)} bytes of payload, the limit is "
-                               f"{MAX_PAYLOAD_BYTES}")
+            raise TooLongError(
+                f"{type_.name} frame with {len(view)} bytes of payload, the limit is {MAX_PAYLOAD_BYTES}"
+            )
         head = _Header(type_, volume, self.epoch, self.next_seq, offset, aux, len(view), zlib.crc32(view))
         _check_shape(head)
         _check_payload(Frame(type_, volume, self.epoch, head.seq, offset, aux, view))
-        raw = encode_header(type_, volume=volume, epoch=self.epoch, seq=head.seq, offset=offset, aux=aux,
-                            length=head.length, payload_crc32=head.payload_crc32)
+        raw = encode_header(
+            type_,
+            volume=volume,
+            epoch=self.epoch,
+            seq=head.seq,
+            offset=offset,
+            aux=aux,
+            length=head.length,
+            payload_crc32=head.payload_crc32,
+        )
         self.next_seq += 1
         return raw, view
 
@@ -301,8 +336,9 @@ class FrameReader:
     `allowed`: the types of this direction, FROM_SENDER or FROM_RECEIVER.
     """
 
-    def __init__(self, allowed: frozenset[FrameType], *, epoch: int | None = None,
-                 buffer: memoryview | None = None) -> None:
+    def __init__(
+        self, allowed: frozenset[FrameType], *, epoch: int | None = None, buffer: memoryview | None = None
+    ) -> None:
         self.epoch = epoch
         self.last_seq = FIRST_SEQ - 1
         self._allowed = allowed
@@ -324,8 +360,8 @@ class FrameReader:
         if self._error is not None:
             raise self._error
         if self._head is None:
-            return self._head_raw[self._have:]
-        return self._buffer[self._have:self._head.length]
+            return self._head_raw[self._have :]
+        return self._buffer[self._have : self._head.length]
 
     def filled(self, count: int) -> Frame | None:
         """Say that `count` bytes were put at the start of `space()`. Returns a frame once it is whole.
@@ -357,8 +393,10 @@ class FrameReader:
         if count == 0:
             if self.in_frame:
                 wanted = HEADER_BYTES if self._head is None else self._head.length
-                raise TruncatedError(f"the stream ended after {self._have} of {wanted} bytes of a frame's "
-                                     f"{'header' if self._head is None else 'payload'}")
+                raise TruncatedError(
+                    f"the stream ended after {self._have} of {wanted} bytes of a frame's "
+                    f"{'header' if self._head is None else 'payload'}"
+                )
             return None
         self._have += count
         if self._head is None:
@@ -369,10 +407,11 @@ class FrameReader:
         if self._have < self._head.length:
             return None
         head, self._head, self._have = self._head, None, 0
-        payload = self._buffer[:head.length]
+        payload = self._buffer[: head.length]
         if zlib.crc32(payload) != head.payload_crc32:
-            raise BadPayloadError(f"{head.type.name} frame {head.seq}: the checksum of its {head.length} bytes is "
-                                  "wrong")
+            raise BadPayloadError(
+                f"{head.type.name} frame {head.seq}: the checksum of its {head.length} bytes is wrong"
+            )
         frame = Frame(head.type, head.volume, head.epoch, head.seq, head.offset, head.aux, payload)
         _check_payload(frame)
         self.last_seq = head.seq

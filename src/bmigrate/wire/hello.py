@@ -5,6 +5,7 @@ It promises that what it hands out has every field, of the right type and within
 anything else is a `HelloError` naming the field. Unknown fields are refused: a peer that says more
 than this version understands is another version. Pure; it must never look at the host it runs on.
 """
+
 from __future__ import annotations
 
 import json
@@ -131,16 +132,27 @@ def decode_hello(payload: bytes | memoryview | Mapping[str, Any]) -> Hello:
     last = data.child("last_session", optional=True)
     volumes = []
     for item in data.children("volumes"):
-        volumes.append(HelloVolume(item.text("name", _NAME), item.number("size_bytes", 1),
-                                   item.number("logical_block_size", 512, 65536), item.number("granule_bytes", 512)))
+        volumes.append(
+            HelloVolume(
+                item.text("name", _NAME),
+                item.number("size_bytes", 1),
+                item.number("logical_block_size", 512, 65536),
+                item.number("granule_bytes", 512),
+            )
+        )
         item.done()
     hello = Hello(
-        workload=data.text("workload", _NAME), host=data.text("host", _HOST),
+        workload=data.text("workload", _NAME),
+        host=data.text("host", _HOST),
         generation=Generation(generation.number("number", 1), generation.text("id", _ID)),
-        boot_id=data.text("boot_id", _BOOT_ID), incarnation=data.text("incarnation", _INCARNATION), volumes=volumes,
-        last_session=None if last is None else LastSession(
-            last.number("epoch", 1), last.text("session_id", _ID), last.number("ack", 0)),
-        highest_epoch=data.number("highest_epoch", 0, default=0))
+        boot_id=data.text("boot_id", _BOOT_ID),
+        incarnation=data.text("incarnation", _INCARNATION),
+        volumes=volumes,
+        last_session=None
+        if last is None
+        else LastSession(last.number("epoch", 1), last.text("session_id", _ID), last.number("ack", 0)),
+        highest_epoch=data.number("highest_epoch", 0, default=0),
+    )
     generation.done()
     if last is not None:
         last.done()
@@ -156,13 +168,24 @@ def decode_welcome(payload: bytes | memoryview | Mapping[str, Any]) -> Welcome:
     data.version()
     volumes = []
     for item in data.children("volumes"):
-        volumes.append(WelcomeVolume(item.text("name", _NAME), item.number("index", 0, MAX_VOLUMES - 1),
-                                     item.number("size_bytes", 1), item.number("logical_block_size", 512, 65536),
-                                     item.text("suspect", None, optional=True)))
+        volumes.append(
+            WelcomeVolume(
+                item.text("name", _NAME),
+                item.number("index", 0, MAX_VOLUMES - 1),
+                item.number("size_bytes", 1),
+                item.number("logical_block_size", 512, 65536),
+                item.text("suspect", None, optional=True),
+            )
+        )
         item.done()
-    welcome = Welcome(epoch=data.number("epoch", 1), session_id=data.text("session_id", _ID),
-                      host=data.text("host", _HOST), boot_id=data.text("boot_id", _BOOT_ID),
-                      silence_seconds=data.seconds("silence_seconds"), volumes=volumes)
+    welcome = Welcome(
+        epoch=data.number("epoch", 1),
+        session_id=data.text("session_id", _ID),
+        host=data.text("host", _HOST),
+        boot_id=data.text("boot_id", _BOOT_ID),
+        silence_seconds=data.seconds("silence_seconds"),
+        volumes=volumes,
+    )
     data.done()
     if [volume.index for volume in volumes] != list(range(len(volumes))):
         raise HelloError(f"WELCOME: the indexes of the volumes are not 0 to {len(volumes) - 1}")
@@ -202,8 +225,10 @@ class _Fields:
     def version(self) -> None:
         value = self._get("v")
         if value != VERSION or isinstance(value, bool):
-            raise VersionError(f"{self._where}: the peer speaks protocol version {value!r}, this host {VERSION}; "
-                               "install the same release on both hosts")
+            raise VersionError(
+                f"{self._where}: the peer speaks protocol version {value!r}, this host {VERSION}; "
+                "install the same release on both hosts"
+            )
 
     def text(self, name: str, pattern: re.Pattern[str] | None, *, optional: bool = False) -> Any:
         value = self._get(name, optional)
@@ -218,8 +243,7 @@ class _Fields:
         if value is None and default is not None:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise HelloError(f"{self._where}: {name!r} is {value!r:.80}, expected a whole number from {low} to "
-                             f"{high}")
+            raise HelloError(f"{self._where}: {name!r} is {value!r:.80}, expected a whole number from {low} to {high}")
         return value
 
     def seconds(self, name: str) -> float:
