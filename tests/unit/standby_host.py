@@ -244,24 +244,39 @@ class StandbyHost:
         self.manager = ServiceManager(directory)
         self.hold: subprocess.Popen[bytes] | None = None
         self.senders: list[Sender] = []
-        lines: list[str] = []
+        self._text = CONFIG.format(silence=silence_seconds, volumes="\n".join(
+            f"  - {{name: {name}, devices: {{alpha: /dev/vd{index}, beta: {self.device(name)}}}}}"
+            for index, name in enumerate(self.volumes)))
         for name, size in self.volumes.items():
-            with open(self.device(name), "wb") as stream:
-                stream.truncate(size)
-            self.sysfs(name, "queue/logical_block_size", "512")
-            self.sysfs(name, "queue/iostats", "1")
-            self.sysfs(name, "size", str(size // 512))
-            self.sysfs(name, "serial", f"serial-{name}")
-            self.sysfs(name, "uevent", "DEVTYPE=disk")
-            self.count(name, 0)
-            lines.append(f"  - {{name: {name}, devices: {{alpha: /dev/vd{len(lines)}, beta: {self.device(name)}}}}}")
-        text = CONFIG.format(volumes="\n".join(lines), silence=silence_seconds)
-        (directory / "etc" / "wl.yml").write_text(text)
+            self._make(name, size)
+        self.config_file.write_text(self._text)
         self.role("standby")
 
     def device(self, name: str) -> str:
         """Path of a volume's file, in a form that the configuration accepts (it must begin with /dev)."""
         return f"/dev/..{self.directory}/{name}.img"
+
+    @property
+    def config_file(self) -> Path:
+        """The workload's configuration."""
+        return self.directory / "etc" / "wl.yml"
+
+    def _make(self, name: str, size: int) -> None:
+        with open(self.device(name), "wb") as stream:
+            stream.truncate(size)
+        self.sysfs(name, "queue/logical_block_size", "512")
+        self.sysfs(name, "queue/iostats", "1")
+        self.sysfs(name, "size", str(size // 512))
+        self.sysfs(name, "serial", f"serial-{name}")
+        self.sysfs(name, "uevent", "DEVTYPE=disk")
+        self.count(name, 0)
+
+    def move(self, name: str, other: str) -> None:
+        """Configure another device, of the same size, for a volume."""
+        self._make(other, self.volumes[name])
+        temporary = self.config_file.with_suffix(".new")
+        temporary.write_text(self._text.replace(self.device(name), self.device(other)))
+        os.replace(temporary, self.config_file)
 
     def sysfs(self, name: str, key: str, text: str) -> None:
         """Set what the kernel would say of a volume."""

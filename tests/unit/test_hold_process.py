@@ -399,6 +399,32 @@ def test_a_broken_configuration_lets_no_device_go(host: StandbyHost) -> None:
     assert host.status()["held"] and host.status()["suspect"] is None
 
 
+def test_another_device_in_the_configuration_is_taken_and_suspect(host: StandbyHost) -> None:
+    sender = host.session()
+    host.move("data", "elsewhere")
+    host.call("reload")
+    sender.ended()
+    status = wait(lambda: (lambda now: now["held"] and now)(host.status()), "the other device to be held")
+    assert status["device"] == host.device("elsewhere") and "another device" in status["suspect"]
+    with open(host.device("data"), "rb") as free:
+        fcntl.flock(free.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_damaged_state_stops_nothing_that_is_held(host: StandbyHost) -> None:
+    path = host.directory / "state" / "wl" / "state.json"
+    path.write_text("{")
+    with pytest.raises(BmigrateError) as caught:
+        host.call("fence", workload="wl")
+    assert caught.value.exit_code == 70 and "state.json" in str(caught.value)
+    host.kill_hold()
+    host.start()
+    with open(host.device("data"), "rb") as stream, pytest.raises(BlockingIOError):
+        fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    host.role("standby")
+    host.call("reload")
+    assert host.status()["held"] and host.status()["suspect"] is None
+
+
 def test_refresh_passes_on_a_quiet_device(host: StandbyHost) -> None:
     host.call("refresh", workload="wl")
 

@@ -53,12 +53,14 @@ class Service:
         self._stored = dict(stored)
         self.load_configs()
         for workload in self.workloads.values():
-            workload.unseal()  # the fence of a step that died with us
+            try:
+                workload.unseal()  # the fence of a step that died with us
+            except (BmigrateError, OSError) as error:
+                log.error("workload %s stays sealed: %s", workload.name, error)
         for name, fd in list(self._stored.items()):
             owner = name.split(".")[0]
-            role = state.load(owner) if name.count(".") == 2 else None
-            if role is not None and role.role != "none":
-                log.error("workload %s has no readable configuration; its device stays held until it has", owner)
+            if name.count(".") == 2 and _has_role(owner):
+                log.error("workload %s cannot be served now; its device stays held until it can", owner)
                 continue
             log.warning("a stored descriptor %s belongs to no workload of this host; it is let go", name)
             sysd.remove_fd(name)
@@ -81,9 +83,14 @@ class Service:
                 else:
                     workload = Workload(loaded, self._selector, self._boot_id)
                     mine = [name for name in self._stored if name.startswith(path.stem + ".") and name.count(".") == 2]
-                    workload.recover({name: self._stored.pop(name) for name in mine})
+                    workload.recover({name: self._stored[name] for name in mine})
+                    for name in mine:
+                        del self._stored[name]
                     self.workloads[path.stem] = workload
-            except BmigrateError as error:
+            except (BmigrateError, OSError) as problem:
+                error = problem if isinstance(problem, BmigrateError) else RefusedError(
+                    f"workload {path.stem} cannot be taken up: {problem}", reason="os_error",
+                    hint="see the space left in /var/lib/bmigrate")
                 log.error("workload %s is not served: %s", path.stem, error)
                 problems.append(error)
                 continue
@@ -93,7 +100,10 @@ class Service:
     def tick(self) -> None:
         """Follow the roles; called now and then and after every change."""
         for workload in self.workloads.values():
-            workload.follow_role()
+            try:
+                workload.follow_role()
+            except (BmigrateError, OSError) as error:  # a damaged or full disk: what is held stays held
+                log.error("workload %s: its role cannot be followed: %s", workload.name, error)
 
     def handle(self, connection: Connection, request: Request) -> Any:
         """One request of the socket; see rpc.Server."""
@@ -173,6 +183,15 @@ class Service:
             "problems": [error.to_dict() for error in problems],
             "volumes": [item for workload in self.workloads.values() for item in workload.status_volumes()],
         }
+
+
+def _has_role(workload: str) -> bool:
+    """Whether this host has, or may have, a role in the workload."""
+    try:
+        found = state.load(workload)
+    except BmigrateError:
+        return True
+    return found is not None and found.role != "none"
 
 
 def _load(workload: str) -> config.Config:

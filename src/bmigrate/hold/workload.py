@@ -135,6 +135,7 @@ class Workload:
     def follow_role(self) -> None:
         """Hold what the durable role says is a standby's, and tell udev; a failure is noted and tried again later."""
         role = self._state_role()
+        self._drop_unconfigured()
         if role == "standby":
             now = time.monotonic()
             if len(self.held) < len(self.config.volumes) and now >= self._retry_at:
@@ -308,7 +309,10 @@ class Workload:
 
     def status_volumes(self) -> list[dict[str, Any]]:
         """One dictionary for each volume; see docs/protocol.md."""
-        role = self._state_role()
+        try:
+            role = self._state_role()
+        except BmigrateError:
+            role = "unknown"
         found = []
         for item in self.config.volumes:
             device, known = self.held.get(item.name), self.record.volumes.get(item.name)
@@ -362,6 +366,29 @@ class Workload:
     def _must_be_held(self) -> bool:
         current = state.load(self.name)
         return current is not None and (current.role == "standby" or current.handover is not None)
+
+    def _drop_unconfigured(self) -> None:
+        """Let go of devices that the configuration no longer names, when nobody can be writing to them."""
+        wanted = {item.name: item.devices[self.config.host] for item in self.config.volumes}
+        if not any(wanted.get(name) != device.path for name, device in self.held.items()):
+            return
+
+        def drop() -> None:
+            for name, device in list(self.held.items()):
+                if wanted.get(name) == device.path:
+                    continue
+                log.info("workload %s: volume %s: %s is let go, it is no longer configured", self.name, name,
+                         device.path)
+                device.release()
+                del self.held[name]
+                self._udev_told.pop(name, None)
+                udev.unmark(self.name, name, device.path)
+                if name not in wanted:
+                    self.record.volumes.pop(name, None)
+            record.save(self.record)
+
+        if not self._waiting:
+            self.when_quiet(drop)
 
     def _take_missing(self) -> None:
         for item in self.config.volumes:
