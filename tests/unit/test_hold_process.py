@@ -414,7 +414,7 @@ def test_a_damaged_state_stops_nothing_that_is_held(host: StandbyHost) -> None:
     path = host.directory / "state" / "wl" / "state.json"
     path.write_text("{")
     with pytest.raises(BmigrateError) as caught:
-        host.call("fence", workload="wl")
+        host.call("release", workload="wl")
     assert caught.value.exit_code == 70 and "state.json" in str(caught.value)
     host.kill_hold()
     host.start()
