@@ -34,17 +34,19 @@ SERVICE = "postgresql@15-main.service"
 BEFORE_COMMIT = {
     "begin": "Open the handover on the source",
     "converge": "Wait until the drain will be short",
-    "quiesce": "Stop the workload on the source and hold its devices",
-    "drain": "Ship what is left",
+    "quiesce": "Stop the workload on the source, hold its devices and ship what is left",
+    "drain": "Stop the workload on the source, hold its devices and ship what is left",
     "prepare": "Let the target note the candidate",
 }
 FROM_COMMIT = {
     "commit": "Commit on the source",
-    "promote": "Promote the target",
-    "start": "Start the workload on the target",
+    "promote": "Promote the target and start the workload there",
+    "start": "Promote the target and start the workload there",
     "finish source": "Make the source a standby of the new generation",
     "finish target": "Let the target ship back",
 }
+#: The second step of a task: it has begun when one of these phases is on the host's disk.
+SECOND = {"drain": "quiesced|drained", "start": "promoted|started"}
 
 
 class Service:
@@ -68,6 +70,13 @@ class Service:
         """The one host whose durable role is primary."""
         (found,) = [name for name in self.lab.vms if self.role(name) == "primary"]
         return found
+
+    def wait_for_phase(self, controller: Controller, task: str, phase: str, host: str) -> None:
+        """Wait until the task of a phase has begun, and the step itself where the task has two."""
+        controller.wait_for_task(task)
+        if phase in SECOND:
+            look = f'grep -Eqs \'"phase": "({SECOND[phase]})"\' /var/lib/bmigrate/{WORKLOAD}/state.json'
+            wait(lambda: self.lab.ssh(host, look, check=False).returncode == 0, 300, f"phase {SECOND[phase]}", 0.1)
 
     def other(self, host: str) -> str:
         """The peer of a host."""
@@ -148,7 +157,7 @@ def test_a_controller_killed_before_the_commit_leaves_the_service_on_the_source(
     with service.client() as client:
         client.wait_for_commits(20)
         controller = service.failover(tmp_path / "killed.log")
-        controller.wait_for_task(BEFORE_COMMIT[phase])
+        service.wait_for_phase(controller, BEFORE_COMMIT[phase], phase, source)
         if phase not in ("begin", "converge"):
             wait(lambda: bool(ledger.outages(client.events())), 120, "the client to be refused", 0.05)
         controller.kill()
@@ -171,7 +180,7 @@ def test_a_controller_killed_from_the_commit_on_is_finished_by_running_it_again(
     with service.client() as client:
         client.wait_for_commits(20)
         controller = service.failover(tmp_path / "killed.log")
-        controller.wait_for_task(FROM_COMMIT[phase])
+        service.wait_for_phase(controller, FROM_COMMIT[phase], phase, service.other(source))
         controller.kill()
         service.finish_the_handover(source, tmp_path / "again.log")
         client.wait_for_commits(20)
@@ -218,7 +227,7 @@ def test_a_digest_that_does_not_match_is_found_before_the_commit(service: Servic
     with fault(service.lab, source, "ship.drain_clean=delay:12"), service.client() as client:
         client.wait_for_commits(20)
         controller = service.failover(tmp_path / "failover.log")
-        controller.wait_for_task(BEFORE_COMMIT["drain"])
+        service.wait_for_phase(controller, BEFORE_COMMIT["drain"], "drain", source)
         wait(lambda: _draining(service, source), 120, "the drain to begin", 0.1)
         # The unmount wrote the superblock, so block 0 is in every drain; its first KiB is not ext4's.
         flip = f"dd if=/dev/urandom of={device} bs=512 count=1 oflag=direct conv=notrunc,fsync status=none"
