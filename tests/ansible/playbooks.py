@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import Lab
+from lab.disks import DISKS
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(sys.executable).parent
@@ -35,12 +37,6 @@ echo "units $(systemctl list-units --all --no-legend --plain 'bmigrate*' 'breqd*
 echo "enabled $(systemctl list-unit-files --no-legend 'bmigrate*' 'breqd*' 'postgresql*' | digest)"
 echo "modules $(lsmod | awk '{print $1}' | sort | digest)"
 echo "mounts $(findmnt --raw --noheadings --output SOURCE,TARGET,FSTYPE | grep -v /run/user | digest)"
-"""
-DISKS = r"""
-for disk in /dev/disk/by-id/virtio-bm-*; do
-    case $disk in *-root-*) continue;; esac
-    echo "$disk $(sha256sum < $disk | cut -c1-32)"
-done
 """
 
 
@@ -91,8 +87,15 @@ def play(lab: Lab, name: str, *words: str, **extra: Any) -> Run:
     return Run(done.returncode, done.stdout)
 
 
-def fingerprint(lab: Lab, host: str, disks: bool = True) -> dict[str, str]:
-    """One digest per part of a host: files, durable state, units, loaded modules, mounts, data disks."""
-    script = FINGERPRINT + (DISKS if disks else "")
-    lines = lab.ssh(host, script, timeout=600).stdout.splitlines()
-    return dict(line.rsplit(" ", 1) for line in lines)
+def fingerprint(lab: Lab, host: str) -> dict[str, str]:
+    """One digest per part of a host: files, durable state, units, loaded modules, mounts, data disks.
+
+    The disks are hashed on the lab host, with what their server has not yet put into the file.
+    """
+    lines = lab.ssh(host, FINGERPRINT, timeout=600).stdout.splitlines()
+    found = dict(line.rsplit(" ", 1) for line in lines)
+    lab.control(host, {"op": "flush"})
+    for disk in DISKS:
+        with lab.disk_file(host, disk.number).open("rb") as stream:
+            found[f"disk {disk.number}"] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
