@@ -21,6 +21,9 @@ from bmigrate.handover import names
 Fields = dict[str, Any]
 
 COMMAND_SECONDS = 120.0
+#: A journal to replay, or a cache to write out, may take its time.
+MOUNT_SECONDS = 600.0
+SERVICE_SECONDS = 600.0
 DEVICE_SECONDS = 30.0
 SOCKET_RETRY_SECONDS = 20.0
 
@@ -187,12 +190,12 @@ class Host:
     def start_service(self, service: str) -> None:
         """Start a service and wait until it says that it has started."""
         self.attempt(["systemctl", "reset-failed", service])
-        self.run(["systemctl", "start", service])
+        self.run(["systemctl", "start", service], SERVICE_SECONDS)
 
     def stop_mounts(self) -> None:
         """Unmount what the workload has mounted, the innermost first."""
         for mount in reversed(self.config.mounts):
-            code, output = self.attempt(["systemctl", "stop", names.mount_unit(mount.path)])
+            code, output = self.attempt(["systemctl", "stop", names.mount_unit(mount.path)], MOUNT_SECONDS)
             if code not in (0, 5):
                 raise RefusedError(
                     f"{mount.path} cannot be unmounted: {output.strip()[-300:]}",
@@ -207,7 +210,7 @@ class Host:
             unit = names.mount_unit(mount.path)
             self.attempt(["systemctl", "reset-failed", unit])
             try:
-                self.run(["systemctl", "start", unit])
+                self.run(["systemctl", "start", unit], MOUNT_SECONDS)
             except RefusedError as error:
                 raise RefusedError(
                     f"{mount.path} cannot be mounted: {error.message}",

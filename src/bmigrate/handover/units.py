@@ -48,6 +48,7 @@ What={_specifier(config.device(mount.volume))}
 Where={_specifier(mount.path)}
 Type={mount.fstype}
 Options={_specifier(mount.options)}
+TimeoutSec=600
 """
     )
 
