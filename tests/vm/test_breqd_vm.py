@@ -38,6 +38,13 @@ overflow_region_bytes: 65536
 volumes: [{{name: small, devices: {{alpha: {device}, beta: /dev/disk/by-id/virtio-bm-small-beta}}}}]
 """
 
+DETACH = """
+import sys
+sys.path.insert(0, "/usr/lib/bmigrate/bmigrate.pyz")
+from bmigrate.common import paths, rpc
+rpc.call(paths.breqd_socket(), "detach", workload="probe", volume="small")
+"""
+
 pytestmark = pytest.mark.vm
 
 
@@ -64,10 +71,22 @@ def _deploy(lab: Lab) -> None:
     lab.ssh("alpha", "systemctl daemon-reload && systemctl start breqd.service", timeout=200)
 
 
+def _undeploy(lab: Lab) -> None:
+    """Leave the guest as it was: what comes next installs on a fresh host."""
+    lab.ssh(
+        "alpha",
+        "systemctl stop breqd.service && rm -f /run/systemd/system/breqd.service && systemctl daemon-reload "
+        "&& rmmod reqlog bufflink && rm -rf /run/breqd-test /usr/lib/bmigrate /usr/sbin/breqd "
+        "/etc/bmigrate /var/lib/bmigrate /run/bmigrate",
+        timeout=200,
+    )
+
+
 @pytest.fixture
 def tracked(lab: Lab) -> Iterator[Lab]:
     """alpha with breqd running and a workload of this test's own, primary there."""
-    if lab.ssh("alpha", "systemctl is-active --quiet breqd.service", check=False).returncode != 0:
+    deployed = lab.ssh("alpha", "systemctl is-active --quiet breqd.service", check=False).returncode == 0
+    if not deployed:
         _deploy(lab)
     state = {"schema": 1, "workload": "probe", "host": "alpha", "role": "primary"}
     lab.ssh("alpha", "mkdir -p /etc/bmigrate /var/lib/bmigrate/probe")
@@ -82,14 +101,12 @@ def tracked(lab: Lab) -> Iterator[Lab]:
 
     wait(attached, 120, "breqd to attach the small disk")
     yield lab
-    lab.ssh("alpha", "rm -rf /etc/bmigrate/probe.yml")
-    lab.ssh(
-        "alpha",
-        "python3 -c 'import sys; sys.path.insert(0, \"/usr/lib/bmigrate/bmigrate.pyz\"); "
-        "from bmigrate.common import paths, rpc; "
-        "rpc.call(paths.breqd_socket(), \"detach\", workload=\"probe\", volume=\"small\")'; "
-        "rm -rf /var/lib/bmigrate/probe",
-    )  # fmt: skip
+    # The configuration first: without it nothing attaches the volume again.
+    lab.ssh("alpha", "rm -f /etc/bmigrate/probe.yml && systemctl kill -s HUP --kill-who=main breqd.service")
+    lab.ssh("alpha", "python3 -", input_text=DETACH)
+    lab.ssh("alpha", "rm -rf /var/lib/bmigrate/probe /run/breqd_guest.py")
+    if not deployed:
+        _undeploy(lab)
 
 
 def test_what_differs_is_dirty_however_often_breqd_is_killed(tracked: Lab) -> None:
