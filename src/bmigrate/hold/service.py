@@ -15,14 +15,12 @@ from typing import Any
 from bmigrate.common import blockdev, config, paths, state, sysd
 from bmigrate.common.errors import BmigrateError, RefusedError, UsageError
 from bmigrate.common.rpc import LATER, Connection
-from bmigrate.hold.workload import Answer, Workload
+from bmigrate.hold.answer import Answer, Request
+from bmigrate.hold.workload import Workload
 from bmigrate.wire.frames import FrameError
 from bmigrate.wire.hello import decode_hello
 
 log = logging.getLogger("bmigrate-hold")
-
-Request = dict[str, Any]
-
 
 class Service:
     """All workloads, and the handler of the socket. `selector` is the loop's."""

@@ -11,11 +11,15 @@ curious programs away.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
 
 from bmigrate.common import atomic, blockdev, paths
+from bmigrate.common.errors import BmigrateError
+
+log = logging.getLogger("bmigrate-hold")
 
 MAX_LINKS = 8
 _CONTENT_LINKS = ("disk/by-uuid/", "disk/by-label/", "disk/by-partuuid/", "disk/by-partlabel/", "disk/by-diskseq/")
@@ -118,3 +122,29 @@ def unmark(workload: str, volume: str, path: str) -> bool:
 def trigger(path: str) -> None:
     """Have the kernel send a change event for the device."""
     (blockdev.sysfs_dir(path) / "uevent").write_text("change")
+
+
+class Teller:
+    """Tells udev the role of a workload's volumes when it has changed, and of a failure once."""
+
+    def __init__(self, workload: str) -> None:
+        self._workload = workload
+        self._told: dict[tuple[str, str], bool] = {}
+        self._problems: dict[str, str] = {}
+
+    def tell(self, volume: str, path: str, standby: bool) -> None:
+        """Have udev leave the device alone, or not any more. A failure is logged, and tried again at the next call."""
+        if self._told.get((volume, path)) == standby:
+            return
+        try:
+            known = (mark if standby else unmark)(self._workload, volume, path)
+            problem = None if known else "it has no serial number or UUID that udev knows"
+        except (BmigrateError, OSError) as error:
+            problem = str(error)
+        if problem is None:
+            self._told[volume, path] = standby
+            self._problems.pop(volume, None)
+        elif self._problems.get(volume) != problem:
+            self._problems[volume] = problem
+            log.warning("workload %s: volume %s: udev cannot be told its role for %s: %s", self._workload, volume, path,
+                        problem)

@@ -22,6 +22,7 @@ from bmigrate.common.config import Config
 from bmigrate.common.errors import BmigrateError, RefusedError
 from bmigrate.common.rpc import Connection
 from bmigrate.hold import admission, devices, record, suspicion, udev
+from bmigrate.hold.answer import Answer, Request
 from bmigrate.hold.devices import HeldDevice
 from bmigrate.hold.receivers import Receiver, Receivers, identify
 from bmigrate.hold.record import VolumeRecord
@@ -31,46 +32,6 @@ from bmigrate.wire.hello import Hello
 RETRY_FIRST_SECONDS = 1.0
 RETRY_LAST_SECONDS = 30.0
 log = logging.getLogger("bmigrate-hold")
-
-Request = dict[str, Any]
-
-
-class Answer:
-    """The answer that is owed to a request, given when the receivers are gone."""
-
-    def __init__(self, connection: Connection, request: Request) -> None:
-        self._connection = connection
-        self._request = request
-
-    @property
-    def unwanted(self) -> bool:
-        """Whether nobody waits for it any more."""
-        return self._connection.closed
-
-    def reply(self, fields: dict[str, Any]) -> None:
-        """Success."""
-        self._connection.reply(self._request, fields)
-
-    def guard(self, action: Callable[[], None]) -> Callable[[], None]:
-        """The action, with its errors going to who asked for it."""
-
-        def guarded() -> None:
-            try:
-                action()
-            except BmigrateError as error:
-                self._connection.fail(self._request, error)
-            except OSError as error:
-                self._connection.fail(
-                    self._request,
-                    RefusedError(
-                        f"hold could not {self._request.get('op')}: {error}",
-                        reason="os_error",
-                        hint="see: journalctl -u bmigrate-hold, and the space left in /var/lib/bmigrate",
-                    ),
-                )
-
-        return guarded
-
 
 class Workload:
     """The state of one workload in this process.
@@ -91,8 +52,7 @@ class Workload:
         self._retry_at = 0.0
         self._retry_seconds = RETRY_FIRST_SECONDS
         self._session: tuple[Receiver, Connection] | None = None
-        self._udev_told: dict[str, str] = {}
-        self._udev_problem: dict[str, str] = {}
+        self._udev = udev.Teller(self.name)
 
     # -- taking and letting go ---------------------------------------------------------------------
 
@@ -145,7 +105,7 @@ class Workload:
             if len(self.held) == len(self.config.volumes):
                 self._retry_seconds = RETRY_FIRST_SECONDS
         for item in self.config.volumes:
-            self._tell_udev(item.name, item.devices[self.config.host], role)
+            self._udev.tell(item.name, item.devices[self.config.host], role == "standby")
 
     def take_now(self) -> None:
         """Have the next follow_role() try at once."""
@@ -342,23 +302,6 @@ class Workload:
 
     # -- inner workings ----------------------------------------------------------------------------
 
-    def _tell_udev(self, volume: str, path: str, role: str) -> None:
-        if self._udev_told.get(volume) == role:
-            return
-        try:
-            told = udev.mark(self.name, volume, path) if role == "standby" else udev.unmark(self.name, volume, path)
-            problem = None if told else "it has no serial number or UUID that udev knows"
-        except (BmigrateError, OSError) as error:
-            problem = str(error)
-        if problem is None:
-            self._udev_told[volume] = role
-            self._udev_problem.pop(volume, None)
-        elif self._udev_problem.get(volume) != problem:
-            self._udev_problem[volume] = problem
-            log.warning(
-                "workload %s: volume %s: udev cannot be told to leave %s alone: %s", self.name, volume, path, problem
-            )
-
     def _state_role(self) -> str:
         current = state.load(self.name)
         return current.role if current is not None else "none"
@@ -381,8 +324,7 @@ class Workload:
                          device.path)
                 device.release()
                 del self.held[name]
-                self._udev_told.pop(name, None)
-                udev.unmark(self.name, name, device.path)
+                self._udev.tell(name, device.path, False)
                 if name not in wanted:
                     self.record.volumes.pop(name, None)
             record.save(self.record)
