@@ -30,7 +30,7 @@ WORKLOAD = "fault"
 DISK = 2
 BLOCK = 4096
 HOSTS = ("alpha", "beta")
-LIMIT_SECONDS = 240.0
+LIMIT_SECONDS = 420.0
 # What a call says of a daemon that is on its way up: no socket, nobody there, nothing attached yet.
 BEING_STARTED = ("ConnectionRefusedError", "FileNotFoundError", "ConnectionResetError", "closed the connection")
 SESSION_OVER = ("restarted", "disconnected", "not_fenced", "stale_epoch")
@@ -181,7 +181,7 @@ class Rig:
 
     # -- asking --------------------------------------------------------------------------------------------------
 
-    def run(self, host: str, *argv: str, check: bool = True, timeout_seconds: float = 120) -> str:
+    def run(self, host: str, *argv: str, check: bool = True, timeout_seconds: float = 300) -> str:
         """Run a command in a guest; returns its standard output."""
         done = self.agents[host].call("run", argv=list(argv), timeout_seconds=timeout_seconds)
         assert not check or done["returncode"] == 0, f"{host}: {argv} exited with {done['returncode']}: {done}"

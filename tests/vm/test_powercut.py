@@ -72,6 +72,11 @@ def says_suspect(rig: Rig, host: str) -> str:
     return str(reason)
 
 
+def unflushed(rig: Rig, host: str) -> int:
+    """Bytes that the fault disk of a guest has taken and would lose now."""
+    return int(rig.lab.control(host, {"op": "stats"})[str(DISK)]["volatile_bytes"])
+
+
 def test_primary_loses_power(rig: Rig) -> None:
     """Under load: after the boot the volume is suspect, and a resync by checksum ships what differs."""
     with Round(rig, "primary-cut") as around:
@@ -107,7 +112,8 @@ def test_standby_loses_power_while_it_writes(rig: Rig) -> None:
         around.writer.wait_more(around.random.randrange(50, 300))
         around.until_claims()
         before = around.look()
-        volatile = rig.lab.control(standby, {"op": "stats"})[str(DISK)]["volatile_bytes"]
+        # A moment at which its disk has taken something that it would lose: only then an early ACK could show.
+        volatile = wait(lambda: unflushed(rig, standby), LIMIT_SECONDS, f"unflushed bytes on {standby}", 0.005)
         rig.power_cut(standby)
         around.writer.wait_more(50)
         around.writer.pause()

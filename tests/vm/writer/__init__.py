@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tests.vm.rig import Rig
 
 SOURCE = Path(__file__).with_name("writer.c")
-LIMIT_SECONDS = 120.0
+LIMIT_SECONDS = 300.0
 STATUS = "/run/vm-test-writer.json"
 
 _given = os.environ.get("BMIGRATE_TEST_SEED")
