@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,3 +135,22 @@ def test_a_marker_keeps_the_links_that_name_the_device_and_drops_those_that_name
         "BMIGRATE_LINK_2=disk/by-path/pci-0",
     ]
     assert udev.content("wl", "data", "/dev/vdb", []).splitlines() == ["BMIGRATE_VOLUME=wl/data"]
+
+
+def test_the_rule_tests_for_the_markers_that_hold_makes() -> None:
+    text = (Path(__file__).resolve().parents[2] / "roles" / "programs" / "files" / "61-bmigrate.rules").read_text()
+    base = "/var/lib/bmigrate/udev/"
+    made = {
+        base + "dm-$env{DM_UUID}": {"DM_UUID": "$env{DM_UUID}"},
+        base + "part-$env{ID_PART_ENTRY_UUID}": {"DEVTYPE": "partition",
+                                                 "ID_PART_ENTRY_UUID": "$env{ID_PART_ENTRY_UUID}"},
+        base + "serial-$env{ID_SERIAL}-part%n": {"DEVTYPE": "partition", "ID_SERIAL": "$env{ID_SERIAL}",
+                                                 "PARTN": "%n"},
+        base + "serial-$env{ID_SERIAL}": {"DEVTYPE": "disk", "ID_SERIAL": "$env{ID_SERIAL}"},
+    }
+    for path, properties in made.items():
+        assert [base + name for name in udev.keys(properties)] == [path]
+        assert f'TEST=="{path}"' in text or f'TEST!="{path}"' in text
+        assert f'IMPORT{{file}}="{path}"' in text
+    for index in range(udev.MAX_LINKS):
+        assert f'SYMLINK+="$env{{BMIGRATE_LINK_{index}}}"' in text
