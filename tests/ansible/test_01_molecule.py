@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Molecule, as a developer runs it, on the lab that is up: install, sync, failover, failback."""
+"""Molecule, as a developer runs it, on the lab that is up: install, sync, failover, failback.
+
+Early by its name: the scenarios begin on guests without roles.
+"""
 
 from __future__ import annotations
 
