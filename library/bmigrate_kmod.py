@@ -359,6 +359,9 @@ def ensure_present(kmod: Kmod) -> tuple[bool, dict[str, Any]]:
         kmod.need_tools()
         if not check:
             kmod.build(digest)
+            # DKMS does not flush what it writes: after a power cut soon afterwards the host would boot with
+            # empty module files, and a workload that is not tracked.
+            os.sync()
             found = kmod.modules()
     if kmod.params["state"] == "built":
         return rebuild, {}
