@@ -126,11 +126,15 @@ def main(argv: list[str] | None = None) -> int:
         base = Path(options.keep or temporary).resolve()
         base.mkdir(parents=True, exist_ok=options.keep is None)
         began = time.monotonic()
-        for mutant in (None, *chosen):
-            name = mutant.name if mutant else "(no sabotage)"
+
+        def tell(name: str) -> None:
             print(f"[{time.monotonic() - began:5.0f} s] {name}", file=sys.stderr, flush=True)
-            directory = base / (mutant.name if mutant else "clean")
-            rows.append(check(mutant, directory, options.failover) if mutant else check_clean(chosen, directory))
+
+        tell("the tree without sabotage")
+        rows.append(check_clean(chosen, base / "clean"))
+        for mutant in chosen:
+            tell(mutant.name)
+            rows.append(check(mutant, base / mutant.name, options.failover))
     print(table(rows))
     bad = [row.name for row in rows if row.verdict not in ("caught", "clean")]
     if bad:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants import tree
+from tests.mutants import checks, tree
 from tests.mutants.catalogue import FAILOVER, MUTANTS, PATCHES, Mutant
 
 
@@ -45,3 +45,25 @@ def test_the_tests_that_are_named_exist(node: str) -> None:
     }
     assert name.partition("[")[0] in defined
     assert (tree.ROOT / FAILOVER).is_file()
+
+
+@pytest.mark.parametrize(
+    ("kind", "element", "judged"),
+    [
+        ("an assertion", "<failure message='AssertionError: lost 7'>x</failure>", "failed"),
+        ("a plain assertion", "<failure message='assert 5 == 0'>x</failure>", "failed"),
+        ("a timeout", "<failure message='Failed: Timeout (&gt;900.0s)'>AssertionError: lost 7</failure>", "broken"),
+        ("another error", "<failure message='KeyError: 1'>AssertionError: lost 7</failure>", "broken"),
+        ("a fixture", "<error message='failed on setup with &quot;AssertionError: lost 7&quot;'>x</error>", "broken"),
+        ("not run", "<skipped message='AssertionError: lost 7'/>", "broken"),
+    ],
+)
+def test_only_an_assertion_of_the_test_itself_counts(kind: str, element: str, judged: str) -> None:
+    outcome = checks.judge(f"<testsuites><testsuite><testcase>{element}</testcase></testsuite></testsuites>", 1)
+    assert outcome.kind == judged, kind
+    assert outcome.shows("lost 7|assert 5") == (judged == "failed")
+
+
+def test_nothing_that_ran_is_no_success() -> None:
+    assert checks.judge("<testsuites><testsuite/></testsuites>", 5).kind == "broken"
+    assert checks.judge("<testsuites><testsuite><testcase/></testsuite></testsuites>", 0).kind == "passed"
