@@ -244,9 +244,13 @@ class StandbyHost:
         self.manager = ServiceManager(directory)
         self.hold: subprocess.Popen[bytes] | None = None
         self.senders: list[Sender] = []
-        self._text = CONFIG.format(silence=silence_seconds, volumes="\n".join(
-            f"  - {{name: {name}, devices: {{alpha: /dev/vd{index}, beta: {self.device(name)}}}}}"
-            for index, name in enumerate(self.volumes)))
+        self._text = CONFIG.format(
+            silence=silence_seconds,
+            volumes="\n".join(
+                f"  - {{name: {name}, devices: {{alpha: /dev/vd{index}, beta: {self.device(name)}}}}}"
+                for index, name in enumerate(self.volumes)
+            ),
+        )
         for name, size in self.volumes.items():
             self._make(name, size)
         self.config_file.write_text(self._text)

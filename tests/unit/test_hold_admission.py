@@ -142,10 +142,11 @@ def test_the_rule_tests_for_the_markers_that_hold_makes() -> None:
     base = "/var/lib/bmigrate/udev/"
     made = {
         base + "dm-$env{DM_UUID}": {"DM_UUID": "$env{DM_UUID}"},
-        base + "part-$env{ID_PART_ENTRY_UUID}": {"DEVTYPE": "partition",
-                                                 "ID_PART_ENTRY_UUID": "$env{ID_PART_ENTRY_UUID}"},
-        base + "serial-$env{ID_SERIAL}-part%n": {"DEVTYPE": "partition", "ID_SERIAL": "$env{ID_SERIAL}",
-                                                 "PARTN": "%n"},
+        base + "part-$env{ID_PART_ENTRY_UUID}": {
+            "DEVTYPE": "partition",
+            "ID_PART_ENTRY_UUID": "$env{ID_PART_ENTRY_UUID}",
+        },
+        base + "serial-$env{ID_SERIAL}-part%n": {"DEVTYPE": "partition", "ID_SERIAL": "$env{ID_SERIAL}", "PARTN": "%n"},
         base + "serial-$env{ID_SERIAL}": {"DEVTYPE": "disk", "ID_SERIAL": "$env{ID_SERIAL}"},
     }
     for path, properties in made.items():

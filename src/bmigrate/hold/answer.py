@@ -4,6 +4,7 @@
 It promises that whoever asked hears of success or of the error, once, however much later; an error
 in the delayed work never reaches hold's loop.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -22,6 +22,7 @@ from bmigrate.wire.hello import decode_hello
 
 log = logging.getLogger("bmigrate-hold")
 
+
 class Service:
     """All workloads, and the handler of the socket. `selector` is the loop's."""
 
@@ -86,9 +87,15 @@ class Service:
                         del self._stored[name]
                     self.workloads[path.stem] = workload
             except (BmigrateError, OSError) as problem:
-                error = problem if isinstance(problem, BmigrateError) else RefusedError(
-                    f"workload {path.stem} cannot be taken up: {problem}", reason="os_error",
-                    hint="see the space left in /var/lib/bmigrate")
+                error = (
+                    problem
+                    if isinstance(problem, BmigrateError)
+                    else RefusedError(
+                        f"workload {path.stem} cannot be taken up: {problem}",
+                        reason="os_error",
+                        hint="see the space left in /var/lib/bmigrate",
+                    )
+                )
                 log.error("workload %s is not served: %s", path.stem, error)
                 problems.append(error)
                 continue

@@ -146,5 +146,6 @@ class Teller:
             self._problems.pop(volume, None)
         elif self._problems.get(volume) != problem:
             self._problems[volume] = problem
-            log.warning("workload %s: volume %s: udev cannot be told its role for %s: %s", self._workload, volume, path,
-                        problem)
+            log.warning(
+                "workload %s: volume %s: udev cannot be told its role for %s: %s", self._workload, volume, path, problem
+            )

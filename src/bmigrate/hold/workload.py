@@ -33,6 +33,7 @@ RETRY_FIRST_SECONDS = 1.0
 RETRY_LAST_SECONDS = 30.0
 log = logging.getLogger("bmigrate-hold")
 
+
 class Workload:
     """The state of one workload in this process.
 
@@ -320,8 +321,9 @@ class Workload:
             for name, device in list(self.held.items()):
                 if wanted.get(name) == device.path:
                     continue
-                log.info("workload %s: volume %s: %s is let go, it is no longer configured", self.name, name,
-                         device.path)
+                log.info(
+                    "workload %s: volume %s: %s is let go, it is no longer configured", self.name, name, device.path
+                )
                 device.release()
                 del self.held[name]
                 self._udev.tell(name, device.path, False)
