@@ -169,3 +169,13 @@ def test_every_role_has_an_argument_spec_for_exactly_its_defaults_and_a_readme()
         assert {name for name, option in options.items() if not option.get("required")} == set(defaults), role.name
         assert all(option["description"] for option in options.values()), role.name
         assert (role / "README.md").read_text().count("\n") > 3, role.name
+
+
+def test_the_role_asks_for_the_versions_that_the_repository_has() -> None:
+    from bmigrate import __version__
+    from bmigrate.kernel import abi
+
+    defaults = yaml.safe_load((ROOT / "roles" / "kmod" / "defaults" / "main.yml").read_text())
+    assert defaults["kmod_abi"] == abi.REQLOG_ABI
+    assert defaults["kmod_version"] == __version__
+    assert f'PACKAGE_VERSION="{__version__}"' in (ROOT / "module_src" / "dkms.conf").read_text()
