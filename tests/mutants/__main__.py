@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import Lab
 from tests.mutants import checks, tree
 from tests.mutants.catalogue import FAILOVER, MUTANTS, Mutant
 
@@ -31,6 +32,12 @@ With guests, the lab instance is BMIGRATE_LAB's, or `mutants`; it must not be in
 The exit code is 0 only if every mutant passed its quiet tests and failed on the assertion that it is named for.
 The table is explained in docs/mutants.md.
 """
+
+
+#: The tests of the kernel modules leave their host as it was, so one boot serves them all.
+ONE_BOOT = {"BMIGRATE_LAB_KEEP": "1"}
+#: A failover is tried on fresh guests only.
+FRESH = {"BMIGRATE_LAB_KEEP": "0"}
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,12 @@ def check(mutant: Mutant, directory: Path, failover: bool) -> Row:
     tree.copy(copy)
     tree.apply(mutant.patch, copy)
     name = mutant.named.rpartition("::")[2]
-    nodes = [mutant.quiet] + ([FAILOVER] if failover else [])
-    for number, node in enumerate(nodes):
-        quiet = checks.run(copy, [node], directory / f"quiet{number}.log")
+    nodes = [(mutant.quiet, ONE_BOOT)] + ([(FAILOVER, FRESH)] if failover else [])
+    for number, (node, environment) in enumerate(nodes):
+        quiet = checks.run(copy, [node], directory / f"quiet{number}.log", environment)
         if quiet.kind != "passed":
             return Row(mutant.name, f"{quiet.kind}: {quiet.message}", name, "not run", "NOT QUIET")
-    outcome = checks.run(copy, [mutant.named], directory / "named.log")
+    outcome = checks.run(copy, [mutant.named], directory / "named.log", ONE_BOOT)
     if outcome.kind == "passed":
         return Row(mutant.name, "passed", name, "nothing: it passed", "NOT CAUGHT")
     if not outcome.shows(mutant.expected):
@@ -75,7 +82,7 @@ def check_clean(mutants: list[Mutant], directory: Path) -> Row:
     copy.mkdir(parents=True)
     tree.copy(copy)
     nodes = sorted({node for mutant in mutants for node in (mutant.quiet, mutant.named)})
-    outcome = checks.run(copy, nodes, directory / "all.log")
+    outcome = checks.run(copy, nodes, directory / "all.log", ONE_BOOT)
     verdict = "clean" if outcome.kind == "passed" else "TREE IS NOT CLEAN"
     return Row("(no sabotage)", outcome.kind, f"all {len(nodes)}", outcome.message or "nothing", verdict)
 
@@ -108,6 +115,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def run(chosen: list[Mutant], keep: Path | None, failover: bool) -> list[Row]:
+    """Run the tree without sabotage, then each mutant; says on stderr where it is.
+
+    Args:
+        keep: a new directory for copies and logs; None: a temporary one.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
+        base = Path(keep or temporary).resolve()
+        base.mkdir(parents=True, exist_ok=keep is None)
+        began = time.monotonic()
+
+        def tell(name: str) -> None:
+            print(f"[{time.monotonic() - began:5.0f} s] {name}", file=sys.stderr, flush=True)
+
+        tell("the tree without sabotage")
+        rows.append(check_clean(chosen, base / "clean"))
+        for mutant in chosen:
+            tell(mutant.name)
+            rows.append(check(mutant, base / mutant.name, failover))
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run what the command line names; 0 only if all were caught."""
     options = parse(argv)
@@ -120,21 +150,15 @@ def main(argv: list[str] | None = None) -> int:
     if not chosen:
         print("no mutant is left: those named by --only need guests, and --user-space was given", file=sys.stderr)
         return 2
-    os.environ.setdefault("BMIGRATE_LAB", "mutants")
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
-        base = Path(options.keep or temporary).resolve()
-        base.mkdir(parents=True, exist_ok=options.keep is None)
-        began = time.monotonic()
-
-        def tell(name: str) -> None:
-            print(f"[{time.monotonic() - began:5.0f} s] {name}", file=sys.stderr, flush=True)
-
-        tell("the tree without sabotage")
-        rows.append(check_clean(chosen, base / "clean"))
-        for mutant in chosen:
-            tell(mutant.name)
-            rows.append(check(mutant, base / mutant.name, options.failover))
+    box = Lab(os.environ.setdefault("BMIGRATE_LAB", "mutants"))
+    guests = options.failover or any(mutant.guests for mutant in chosen)
+    if guests:
+        box.down()
+    try:
+        rows = run(chosen, options.keep, options.failover)
+    finally:
+        if guests:
+            box.down()
     print(table(rows))
     bad = [row.name for row in rows if row.verdict not in ("caught", "clean")]
     if bad:
