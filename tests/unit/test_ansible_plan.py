@@ -49,8 +49,8 @@ def plan(states: dict[str, WorkloadState], **words: Any) -> dict[str, Any]:
 class Controller:
     """One run of failover.yml: at most ``budget`` changes before it is killed."""
 
-    def __init__(self, states: dict[str, WorkloadState], budget: int) -> None:
-        self.states, self.budget = states, budget
+    def __init__(self, states: dict[str, WorkloadState], budget: int, halfway: bool = True) -> None:
+        self.states, self.budget, self.halfway = states, budget, halfway
         self.plan = plan(states)
         self.known = dict(self.plan["known"])
 
@@ -92,7 +92,7 @@ class Controller:
         elif name == "promote":
             after = machine.promote(theirs, run, self.known["certificate"])
             states[target] = after
-            if self.budget == 0:
+            if self.budget == 0 and self.halfway:
                 return  # killed half way: the role is durable, the rest is not
             states[target] = machine.promoted(after, run, {})
         elif name == "start":
@@ -121,11 +121,15 @@ def dead_man(states: dict[str, WorkloadState], halfway: bool) -> None:
                 states[name] = machine.resumed(states[name], state.handover["run_id"], {})
 
 
-@given(st.lists(st.tuples(st.integers(0, 12), st.sampled_from(["", "dead-man", "dead-man killed"])), max_size=6))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 12), st.booleans(), st.sampled_from(["", "dead-man", "dead-man killed"])), max_size=6
+    )
+)
 def test_however_often_it_is_killed_the_last_run_finishes(kills: list[Any]) -> None:
     states = fresh()
-    for budget, timer in kills:
-        Controller(states, budget).run()
+    for budget, halfway, timer in kills:
+        Controller(states, budget, halfway).run()
         if timer:
             dead_man(states, halfway=timer == "dead-man killed")
         assert sum(state.role == "primary" for state in states.values()) <= 1
@@ -152,6 +156,15 @@ def test_after_the_commit_nothing_before_it_is_repeated() -> None:
     again = plan(states)
     assert again["continued"] and again["steps"] == ["promote", "start", "finish_source", "finish_target"]
     assert again["known"]["certificate"] == states["alpha"].demoted
+
+
+def test_a_source_that_is_alone_in_not_having_finished_only_finishes() -> None:
+    states = fresh()
+    controller = Controller(states, 8)
+    controller.run()
+    controller.step("finish_target", "alpha", "beta")
+    again = plan(states)
+    assert again["steps"] == ["finish_source"] and again["source"] == "alpha" and again["blockers"] == []
 
 
 def test_an_unreachable_host_is_a_blocker_with_the_reason() -> None:
