@@ -16,15 +16,26 @@ from lab import Lab
 from tests.vm.kernel_bench import Bench
 
 pytestmark = pytest.mark.vm
-PROGRAM = """
-import json, sys, threading, time
+PROGRAM = '''
+import errno, json, sys, threading, time
 from pathlib import Path
 from bmigrate.kernel.channel import Channel
 from tests.vm.kernel_guest.cases import attached, wait_for, write
 
-delay = Path("/sys/bus/pseudo/drivers/scsi_debug/delay")
+
+def take(jiffies):
+    """Set how long a command takes. Refused while one is under way, and udev reads whenever it likes."""
+    try:
+        Path("/sys/bus/pseudo/drivers/scsi_debug/delay").write_text(str(jiffies))
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
+
+
 with attached(sys.argv[1]), Channel() as channel:
-    delay.write_text("1000")
+    wait_for(lambda: take(1000), "the disk to be idle before it gets slow")
     writer = threading.Thread(target=write, args=(sys.argv[1], 64, 8))
     began = time.monotonic()
     writer.start()
@@ -33,10 +44,10 @@ with attached(sys.argv[1]), Channel() as channel:
     writer.join()
     took = time.monotonic() - began
     channel.consumed(batch.seq)
-    delay.write_text("0")
+    wait_for(lambda: take(0), "the disk to be idle again")
     found = [[int(r["sector"]), int(r["nr_sectors"])] for r in batch.records]
 print(json.dumps({"first_seconds": first, "took_seconds": took, "ranges": found}))
-"""
+'''
 
 
 @pytest.fixture
