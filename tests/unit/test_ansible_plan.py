@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmigrate.common.state import WorkloadState
@@ -121,6 +121,7 @@ def dead_man(states: dict[str, WorkloadState], halfway: bool) -> None:
                 states[name] = machine.resumed(states[name], state.handover["run_id"], {})
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(
     st.lists(
         st.tuples(st.integers(0, 12), st.booleans(), st.sampled_from(["", "dead-man", "dead-man killed"])), max_size=6
