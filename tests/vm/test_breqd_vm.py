@@ -75,9 +75,9 @@ def _undeploy(lab: Lab) -> None:
     """Leave the guest as it was: what comes next installs on a fresh host."""
     lab.ssh(
         "alpha",
-        "systemctl stop breqd.service && rm -f /run/systemd/system/breqd.service && systemctl daemon-reload "
-        "&& rmmod reqlog bufflink && rm -rf /run/breqd-test /usr/lib/bmigrate /usr/sbin/breqd "
-        "/etc/bmigrate /var/lib/bmigrate /run/bmigrate",
+        "systemctl stop breqd.service; rm -f /run/systemd/system/breqd.service; systemctl daemon-reload; "
+        "rmmod reqlog bufflink; rm -rf /run/breqd-test /usr/lib/bmigrate /usr/sbin/breqd "
+        "/etc/bmigrate /var/lib/bmigrate /run/bmigrate; test ! -e /sys/module/bufflink",
         timeout=200,
     )
 
