@@ -42,7 +42,9 @@ def mount_configfs() -> None:
 
 def _nvme(multipath: bool) -> str:
     """An nvme namespace over TCP to ourselves: a request-based disk, or with multipath a bio-based head over one."""
-    run("modprobe", "nvme_core", f"multipath={'Y' if multipath else 'N'}")
+    # A busy emulator may stand still for longer than the usual time-outs allow.
+    patience = ("io_timeout=255", "admin_timeout=255")
+    run("modprobe", "nvme_core", f"multipath={'Y' if multipath else 'N'}", *patience)
     run("modprobe", "-a", "nvme_tcp", "nvmet_tcp")
     with FILE.open("wb") as file:
         file.truncate(FILE_BYTES)
@@ -59,7 +61,7 @@ def _nvme(multipath: bool) -> str:
         (port / f"addr_{name}").write_text(value)
     (port / "subsystems" / NQN).symlink_to(subsystem)
     with open("/dev/nvme-fabrics", "w") as fabrics:
-        fabrics.write(f"transport=tcp,traddr=127.0.0.1,trsvcid=4420,nqn={NQN}")
+        fabrics.write(f"transport=tcp,traddr=127.0.0.1,trsvcid=4420,nqn={NQN},keep_alive_tmo=0")
     return _wait(lambda: "/dev/nvme0n1" if os.path.exists("/dev/nvme0n1") else None, "nvme namespace")
 
 
@@ -131,7 +133,8 @@ def _drop_zram() -> None:
 def _dm() -> str:
     disk = scsi()
     subprocess.run(["dmsetup", "create", "kernel-test"], input=f"0 65536 linear {disk} 0\n", text=True, check=True)
-    return "/dev/mapper/kernel-test"
+    # Not the link: the kernel tells a refused device by its own name.
+    return os.path.realpath("/dev/mapper/kernel-test")
 
 
 def _drop_dm() -> None:
