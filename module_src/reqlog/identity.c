@@ -33,13 +33,9 @@ static bool is_gone(struct gendisk *disk)
 	return !device_is_registered(disk_to_dev(disk));
 }
 
-/*
- * Also when the driver has put another medium under the same disk object, as a
- * loop device gets another file: what was attached is not there any more.
- */
 bool reqlog_disk_gone(const struct reqlog_attachment *att)
 {
-	return is_gone(att->disk) || compat_diskseq(att->disk) != att->diskseq;
+	return att->draining || is_gone(att->disk);
 }
 
 static int check(struct block_device *bdev, u64 sectors,

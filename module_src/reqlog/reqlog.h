@@ -83,7 +83,6 @@ void reqlog_free_all(void);
 /* identity.c */
 int reqlog_identify(struct reqlog_attachment *att, struct reqlog_attach *request,
 		    struct file *file);
-/* Not for one that is draining: it has let go of the disk. */
 bool reqlog_disk_gone(const struct reqlog_attachment *att);
 
 /* probe.c */

@@ -96,7 +96,7 @@ struct reqlog_entry {
 };
 
 #define REQLOG_ENTRY_PARTITION	1
-#define REQLOG_ENTRY_GONE	2	/* disk removed or replaced */
+#define REQLOG_ENTRY_GONE	2	/* disk removed: detach it */
 #define REQLOG_ENTRY_BEYOND	4	/* written behind the known end */
 #define REQLOG_ENTRY_DRAINING	8	/* detached, slot not yet free */
 

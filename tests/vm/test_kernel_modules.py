@@ -194,11 +194,6 @@ def test_a_removed_disk_is_listed_as_gone(bench: Bench) -> None:
     assert [8, 1] in result["ranges"]
 
 
-def test_a_disk_with_another_medium_is_listed_as_gone(bench: Bench) -> None:
-    result = bench.case("devices", "replaced")
-    assert (result["before"], result["after"]) == ([False], [True])
-
-
 def test_writes_behind_the_known_end_are_recorded(bench: Bench) -> None:
     result = bench.case("devices", "grown")
     assert result["first"] == [[3000, 1]] and result["beyond"] and result["stats"] == 17

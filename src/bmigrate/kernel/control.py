@@ -41,8 +41,7 @@ class Attachment:
 
     slot: the number in records. attachment_id: random, the same as long as it is the same attachment. start_sector:
     where the volume begins on the whole disk; sectors: its size as attached; disk_sectors: the size of the whole disk
-    now. gone: the disk was removed, or has
-    another medium now (detach it). beyond: something was written behind the known end (the disk has grown).
+    now. gone: the disk was removed. beyond: something was written behind the known end (the disk has grown).
     draining: detached, and the slot not yet free.
     """
 

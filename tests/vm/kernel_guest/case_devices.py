@@ -201,25 +201,6 @@ def removed(device: str) -> dict[str, Any]:
         return {"rmmod of the driver": pinned, "records": stats.records, "ranges": records}
 
 
-def replaced(device: str) -> dict[str, Any]:
-    """A loop device that gets another file is another disk: the old attachment is listed as gone."""
-    images = [Path(f"/var/tmp/kernel-replaced-{number}.img") for number in range(2)]
-    for image in images:
-        with image.open("wb") as file:
-            file.truncate(1 << 20)
-    loop = run("losetup", "--find", "--show", str(images[0])).strip()
-    try:
-        with _attachment_of(loop) as (attachment, control, _):
-            before = [a.gone for a in control.list()]
-            run("losetup", "--detach", loop)
-            run("losetup", loop, str(images[1]))
-            return {"before": before, "after": [a.gone for a in control.list()], "slot": attachment.slot}
-    finally:
-        run("losetup", "--detach", loop)
-        for image in images:
-            image.unlink()
-
-
 def grown(device: str) -> dict[str, Any]:
     """Writes behind the end that the disk had when it was attached are recorded, and the entry says so."""
     image = Path("/var/tmp/kernel-grown.img")
