@@ -52,7 +52,7 @@ limits: {{silence_seconds: {silence}}}
 """
 
 
-def wait(condition: Callable[[], Any], what: str, limit_seconds: float = 30.0) -> Any:
+def wait(condition: Callable[[], Any], what: str, limit_seconds: float = 120.0) -> Any:
     """Poll until the condition is true; returns its value."""
     deadline = time.monotonic() + limit_seconds
     while True:
@@ -152,7 +152,7 @@ class Sender:
         header, payload = self.writer.encode(type_, **fields)
         self.raw(header + bytes(payload))
 
-    def receive(self, limit_seconds: float = 30.0, skip_pings: bool = True) -> Frame | None:
+    def receive(self, limit_seconds: float = 120.0, skip_pings: bool = True) -> Frame | None:
         """The next frame, or None at the end of the stream."""
         assert self.process.stdout is not None
         fd = self.process.stdout.fileno()
@@ -207,7 +207,7 @@ class Sender:
             if frame.type is FrameType.ERROR:
                 return greeting.decode_error(frame.payload)
 
-    def ended(self, limit_seconds: float = 30.0) -> int:
+    def ended(self, limit_seconds: float = 120.0) -> int:
         """Wait for the receiver's end; returns its exit code (negative: the signal)."""
         return self.process.wait(limit_seconds)
 
@@ -357,16 +357,16 @@ class StandbyHost:
         """Orderly stop; what is in the store stays there, as in a restart job."""
         assert self.hold is not None
         self.hold.terminate()
-        assert self.hold.wait(30) == 0, (self.directory / "hold.log").read_text()
+        assert self.hold.wait(120) == 0, (self.directory / "hold.log").read_text()
         self.manager.pump()
 
     def client(self) -> rpc.Client:
         """A connection to hold's socket that stays open."""
-        return rpc.Client(self.directory / "run" / "hold.sock")
+        return rpc.Client(self.directory / "run" / "hold.sock", 120.0)
 
     def call(self, op: str, **fields: Any) -> dict[str, Any]:
         """One call to hold's socket."""
-        return rpc.call(self.directory / "run" / "hold.sock", op, **fields)
+        return rpc.call(self.directory / "run" / "hold.sock", op, 120.0, **fields)
 
     def status(self, name: str = "data") -> dict[str, Any]:
         """Hold's status of a volume."""
