@@ -13,7 +13,7 @@ import pytest
 from lab import Lab
 from tests.ansible.playbooks import ROOT, TOOLS, environment
 
-pytestmark = pytest.mark.ansible
+pytestmark = [pytest.mark.ansible, pytest.mark.unproven]
 
 
 @pytest.mark.timeout(2400)

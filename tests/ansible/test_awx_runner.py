@@ -17,7 +17,7 @@ import yaml
 from lab import Lab
 from tests.ansible.playbooks import LIMIT_SECONDS, ROOT, TOOLS, environment, fingerprint, play
 
-pytestmark = pytest.mark.ansible
+pytestmark = [pytest.mark.ansible, pytest.mark.unproven]
 WORKLOAD = "fault"
 
 

@@ -25,7 +25,7 @@ from tests.ansible.controller import Controller
 from tests.ansible.mounts import MountWatch
 from tests.ansible.playbooks import play
 
-pytestmark = [pytest.mark.ansible, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ansible, pytest.mark.unproven, pytest.mark.timeout(1500)]
 
 WORKLOAD = "pgdemo"
 MAX_DOWNTIME_SECONDS = 60

@@ -45,7 +45,7 @@ from bmigrate.common import paths, rpc
 rpc.call(paths.breqd_socket(), "detach", workload="probe", volume="small")
 """
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.unproven]
 
 
 def _load_module(lab: Lab) -> None:
