@@ -140,7 +140,6 @@ def test_standby_loses_power_while_it_writes(rig: Rig) -> None:
         assert not rig.held(standby)["suspect"]
 
 
-@pytest.mark.unproven
 def test_reboot_in_good_order(rig: Rig) -> None:
     """Nothing is compared afterwards, and a block that was dirty before is shipped after it."""
     with Round(rig, "reboot") as around:
@@ -178,7 +177,6 @@ def dirty_one_block(rig: Rig, host: str) -> int:
     return left
 
 
-@pytest.mark.unproven
 def test_boot_without_the_module(rig: Rig) -> None:
     """A boot in which nobody tracks, and a write in it: the next boot notices."""
     primary = rig.primary()
