@@ -185,7 +185,8 @@ def test_stopped_until_the_overflow_is_full(rig: Rig, no_watchdog: None) -> None
         print(f"overflow: {full['regions_set'] - before['regions_set']} regions set, {after}", flush=True)
         assert full["regions_set"] - before["regions_set"] >= 1000
         assert after["regions_harvested"] - before["regions_harvested"] >= 1000
-        assert around.widened.total >= 1000 * 65536, "the regions did not come out as wide marks"
+        # The last region of the disk is a short one, and may be among them.
+        assert around.widened.total >= 999 * 65536, "the regions did not come out as wide marks"
 
 
 def test_watchdog_kill_loses_nothing(rig: Rig) -> None:
