@@ -22,7 +22,7 @@ demo: setup ## boot two VMs, move a live PostgreSQL there and back, print the ev
 	$(PY) -m demo
 
 test: setup lint module ## lint, kernel build, then unit, contract, VM and Ansible tests (all but test-unproven)
-	$(PYTEST) -m "not unproven" $(wildcard tests/unit tests/contract tests/vm tests/ansible)
+	$(PYTEST) -m "not unproven" $(wildcard tests/unit tests/contract tests/ansible tests/vm)
 
 test-unproven: setup ## the tests that have not been seen to pass yet: molecule, ansible-runner, failures, bad input
 	$(PYTEST) -m unproven tests
