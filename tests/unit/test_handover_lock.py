@@ -44,11 +44,11 @@ def primary(root: Path) -> states.WorkloadState:
 # -- lock and preemption ----------------------------------------------------------------------------
 
 HOLDER = """
-import sys, time
+import signal
 from bmigrate.handover import store
 with store.opened("pg"):
     print("locked", flush=True)
-    time.sleep(60)
+    signal.pause()
 """
 
 
