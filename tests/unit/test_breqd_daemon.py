@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from bmigrate.common.errors import BmigrateError, RefusedError, UnreachableError
+from bmigrate.kernel import abi
 from tests.unit.breqd_harness import GRANULE, Host
 
 SIZES = {"a": 20000 * GRANULE - 512, "b": 3000 * GRANULE}
@@ -76,10 +77,10 @@ class Replication:
 
     def drain(self) -> None:
         """Ship until nothing is left; barriers before and after agree; then device and replica are equal."""
-        before = self.host.call("barrier", workload="w", drain=True)["total_records"]
+        before = self.host.call("barrier", workload="w", drain="run")["total_records"]
         while not self.ship(10000):
             pass
-        assert self.host.call("barrier", workload="w", drain=True)["total_records"] == before
+        assert self.host.call("barrier", workload="w", drain="run")["total_records"] == before
         for name in SIZES:
             status = self.host.volume(name)
             assert (status["dirty_bytes"], status["claimed_bytes"]) == (0, 0)
@@ -207,6 +208,36 @@ def test_an_ended_session_keeps_its_claims_until_the_next_fence(host: Host) -> N
     assert host.volume("a")["claimed_bytes"] == 8 * GRANULE, "an old receiver may still write these blocks"
     host.call("fence", workload="w", epoch=2, fence_id="y")
     assert (host.volume("a")["claimed_bytes"], host.volume("a")["dirty_bytes"]) == (0, SIZES["a"])
+
+
+def test_a_drain_offers_failed_writes_once_and_keeps_them(host: Host) -> None:
+    host.start()
+    host.call("attach", workload="w", volume="a", mode="seed")
+    host.call("fence", workload="w", epoch=1, fence_id="x")
+
+    def ship_all() -> None:
+        taken = True
+        while taken:
+            answer = host.call("claim", workload="w", volume="a", epoch=1, max_bytes=1 << 30, from_offset_bytes=0)
+            taken = answer.get("claim") is not None
+            if taken:
+                host.call("ack", workload="w", volume="a", claim=answer["claim"])
+
+    def left() -> tuple[int, int]:
+        status = host.volume("a")
+        return status["dirty_bytes"], status["failed_bytes"]
+
+    ship_all()
+    host.kernel.write(host.slot("a"), 2048 + 8 * 5, 8, abi.FLAG_FAILED)
+    for run in ("first", "second"):
+        host.call("barrier", workload="w", drain=run)
+        assert left() == (GRANULE, GRANULE), "an aborted command may have landed since: it is shipped again"
+        ship_all()
+        host.call("barrier", workload="w", drain=run)
+        assert left() == (0, GRANULE), "one drain offers it once, or it would never end"
+    # the second drain was given up, and the workload goes on
+    host.call("barrier", workload="w")
+    assert left() == (GRANULE, GRANULE)
 
 
 def test_a_crash_of_the_host_makes_the_volume_suspect_and_a_resync_ends_that(host: Host) -> None:

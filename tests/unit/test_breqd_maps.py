@@ -146,13 +146,11 @@ class World(RuleBasedStateMachine):
         self.claimed[key] = set()
         self.claims = {number: item for number, item in self.claims.items() if item[0] != key}
 
-    @rule(key=st.sampled_from(KEYS), forget=st.booleans())
-    def barrier(self, key: Key, forget: bool) -> None:
-        """Blocks of failed writes are offered again; the drain's barrier makes them ordinary."""
-        self.maps.release_failed(key, forget, self.clock)
+    @rule(key=st.sampled_from(KEYS))
+    def barrier(self, key: Key) -> None:
+        """Blocks of failed writes are offered again, and stay marked."""
+        self.maps.offer_failed(key, self.clock)
         self.dirty[key] |= self.failed[key]
-        if forget:
-            self.failed[key] = set()
 
     @rule()
     def restart(self) -> None:
@@ -250,7 +248,7 @@ def test_the_short_tail_is_claimed_at_its_true_length() -> None:
     assert taken.extents == [[64 * 1024 * 1024, 3584]] and taken.next_offset_bytes == size
 
 
-def test_a_failed_write_stays_marked_until_the_drain() -> None:
+def test_a_failed_write_stays_marked_whatever_is_acknowledged() -> None:
     maps, key, mirror = fresh(64)
     maps.mark(np.array([3]), np.array([4]), 1.0, np.array([True]))
     for _ in range(2):
@@ -259,12 +257,7 @@ def test_a_failed_write_stays_marked_until_the_drain() -> None:
         maps.acknowledge(key, taken.number)
         assert unpacked(mirror, 64) == {3}, "an aborted command may still land"
         assert maps.claim(key, 1 << 20, 0).number is None, "it must not keep the shipper busy either"
-        maps.release_failed(key, False, 2.0)
-    maps.release_failed(key, True, 3.0)
-    taken = maps.claim(key, 1 << 20, 0)
-    assert taken.number is not None
-    maps.acknowledge(key, taken.number)
-    assert unpacked(mirror, 64) == set()
+        maps.offer_failed(key, 2.0)
 
 
 def test_an_empty_mirror_of_the_wrong_size_is_refused() -> None:

@@ -8,7 +8,7 @@ must never do I/O, read a clock, or loop over records. Where two statements stan
 saves data, the comment says which loss it prevents.
 
 ``failed`` holds blocks of failed writes: an aborted command may reach the medium later, after the
-block was shipped, so an acknowledgement does not free them; the drain's barrier does.
+block was shipped, so nothing frees them but the end of the map (a handover or a seed).
 """
 
 from __future__ import annotations
@@ -327,21 +327,13 @@ class Maps:
         self._claimed_since[regions] = _NEVER
         self._recount(volume)
 
-    def release_failed(self, key: Key, forget: bool, now: float) -> None:
-        """Make blocks of failed writes dirty, so that they are shipped once more.
-
-        Args:
-            forget: the drain's barrier: the workload is stopped and the device flushed and held,
-                so no aborted command is still to land; from here on they are blocks like others.
-        """
+    def offer_failed(self, key: Key, now: float) -> None:
+        """Make blocks of failed writes dirty, so that they are shipped once more; marked they stay."""
         volume = self.volumes[key]
         index = np.flatnonzero(self.failed[volume.here]) + volume.base
         if not len(index):
             return
         self._mark_bytes(index, self.failed[index], now)
-        if forget:
-            self.failed[index] = 0
-            volume.failed_mirror[index - volume.base] = 0
 
     # --- counts ----------------------------------------------------------------------------------
 
@@ -354,7 +346,7 @@ class Maps:
         return self._bytes(self.volumes[key], self.claimed, self.volumes[key].claimed_blocks)
 
     def failed_bytes(self, key: Key) -> int:
-        """Bytes in blocks of failed writes that stay marked until the drain."""
+        """Bytes in blocks of failed writes, which stay marked as long as the map lives."""
         volume = self.volumes[key]
         return self._bytes(volume, self.failed, bits.population(self.failed[volume.here]))
 

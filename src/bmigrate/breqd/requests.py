@@ -36,6 +36,8 @@ class Requests:
 
     def __init__(self, daemon: Daemon) -> None:
         self.daemon, self.tracker, self.leases = daemon, daemon.tracker, daemon.leases
+        #: The last drain of each workload that was offered the blocks of failed writes.
+        self._drained: dict[str, str] = {}
         self._operations: dict[str, Callable[[Connection, Request], Answer]] = {
             "attach": self.attach,
             "detach": self.detach,
@@ -234,17 +236,22 @@ class Requests:
         """{workload, drain?} → {incarnation, total_records: {volume: n}}, once the log is past this moment.
 
         Equal numbers of two barriers of one incarnation mean no new record between. Every barrier
-        offers the blocks of failed writes again; ``drain`` (workload stopped, device flushed and
-        held) makes them ordinary: from then on an acknowledgement clears them.
+        offers the blocks of failed writes again, but those of one ``drain`` (its run id; workload
+        stopped, device flushed and held) do so once. They stay marked even so: a drain that is
+        given up must leave them as they were.
         """
-        workload, drain = str(request["workload"]), bool(request.get("drain"))
+        workload = str(request["workload"])
+        drain = str(request["drain"]) if request.get("drain") else None
         if not self.tracker.of_workload(workload):
             raise RefusedError(f"no volume of workload {workload} is tracked", reason="not_attached")
 
         def answer() -> Fields:
             items = self.tracker.of_workload(workload)
-            for item in items:
-                self.tracker.maps.release_failed(item.key, drain, time.monotonic())
+            if drain is None or self._drained.get(workload) != drain:
+                for item in items:
+                    self.tracker.maps.offer_failed(item.key, time.monotonic())
+            if drain is not None:
+                self._drained[workload] = drain
             return {
                 "incarnation": self.leases.incarnation,
                 "total_records": {item.key[1]: item.records for item in items},

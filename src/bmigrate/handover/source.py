@@ -78,7 +78,7 @@ def quiesce(store: Store, host: Host, run_id: str) -> Fields:
     store.save(machine.doing(store.state, "quiesce", note))
     # Armed before the first stop: from here on nobody else has to be alive for the service to come back.
     with watch.part("arm dead-man"):
-        host.arm_dead_man(run_id, limits.max_downtime_seconds)
+        host.arm_dead_man(run_id, limits.dead_man_seconds)
     faults.point("handover.quiesce.armed")
     try:
         with watch.part("hooks"):
@@ -110,7 +110,7 @@ def quiesce(store: Store, host: Host, run_id: str) -> Fields:
     faults.point("handover.quiesce.held")
     result = watch.result(
         stopped_at=stopped_at,
-        dead_man_at=note["since"] + limits.max_downtime_seconds,
+        dead_man_at=note["since"] + limits.dead_man_seconds,
         max_downtime_seconds=limits.max_downtime_seconds,
     )
     store.save(machine.done(store.state, "quiesce", run_id, result))
@@ -176,7 +176,7 @@ def drain(store: Store, host: Host, run_id: str) -> Fields:
     left = float(quiesced.get("dead_man_at", 0)) - host.now()
     if left <= 0:
         raise PhaseError(
-            f"max_downtime of workload {host.workload} is over; the dead-man timer puts it back",
+            f"the time of workload {host.workload} is over; the dead-man timer puts it back within max_downtime",
             hint="begin a new handover; raise limits.max_downtime_seconds if the drain needs longer",
             reason="too_late",
         )
@@ -202,7 +202,7 @@ def commit(store: Store, host: Host, run_id: str, candidate: Mapping[str, Any]) 
     drained = store.state.handover["results"].get("drain", {}) if store.state.handover else {}
     after = machine.commit(store.state, run_id, candidate, str(drained.get("digest", "")), host.now(), {})
     with watch.part("check"):
-        _refuse_dirty(host)
+        _refuse_dirty(host, run_id)
     if after.handover:
         after.handover["results"]["commit"].update(watch.result())
     faults.point("handover.commit.before")
@@ -219,9 +219,9 @@ def commit(store: Store, host: Host, run_id: str, candidate: Mapping[str, Any]) 
     return dict(result, problems=problems)
 
 
-def _refuse_dirty(host: Host) -> None:
+def _refuse_dirty(host: Host, run_id: str) -> None:
     """Nothing may have been written since the drain: that write would exist on neither host later."""
-    host.breqd("barrier", workload=host.workload)
+    host.breqd("barrier", workload=host.workload, drain=run_id)
     status = host.breqd("status", workload=host.workload)
     seen = set()
     for volume in status.get("volumes", []):

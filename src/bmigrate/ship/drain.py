@@ -37,6 +37,7 @@ REREADS_UNDER_WAY = 4
 def drain(
     session: Session,
     pacer: Pacer,
+    run_id: str,
     deadline: float,
     cancelled: Callable[[], bool],
     progress: Callable[[int, int], None],
@@ -44,7 +45,7 @@ def drain(
     """Drain the open session.
 
     Args:
-        deadline: monotonic seconds after which it gives up. cancelled: nobody waits for it any more, or the
+        run_id: of the handover. deadline: monotonic seconds after which it gives up. cancelled: nobody waits for it any more, or the
             source was told to resume; asked now and then. progress: called with (done, total) bytes.
 
     Returns:
@@ -65,7 +66,7 @@ def drain(
     def barrier() -> dict[str, int]:
         nonlocal barrier_seconds
         at = time.monotonic()
-        counts = session.barrier(drain=True)
+        counts = session.barrier(drain=run_id)
         barrier_seconds += time.monotonic() - at
         return counts
 

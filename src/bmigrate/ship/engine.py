@@ -373,8 +373,8 @@ class Engine(threading.Thread):
     def _drain(self, session: Session, job: Job) -> None:
         self.activity = "draining"
         try:
-            result = drains.drain(session, self.pacer, job.deadline, lambda: job.cancelled, self._drain_progress)
             run_id = str(job.fields.get("run_id"))
+            result = drains.drain(session, self.pacer, run_id, job.deadline, lambda: job.cancelled, self._drain_progress)
             with self._wake:
                 # A source that was told to resume meanwhile must not be sealed behind its back.
                 if job.cancelled:

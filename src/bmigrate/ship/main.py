@@ -233,7 +233,7 @@ class Daemon:
         engine = self._engine(request)
         kind = str(request["op"])
         limits = engine.config.limits
-        limit = {"converge": limits.converge_timeout_seconds, "drain": limits.max_downtime_seconds}
+        limit = {"converge": limits.converge_timeout_seconds, "drain": limits.dead_man_seconds}
         default = limit.get(kind, 864000.0)
         fields = dict(request)
         if kind in ("converge", "drain") and not isinstance(fields.get("run_id"), str):

@@ -309,7 +309,7 @@ class Session:
             raise self.tracker.restarted()
         return snapshot
 
-    def barrier(self, drain: bool = False) -> dict[str, int]:
+    def barrier(self, drain: str | None = None) -> dict[str, int]:
         """breqd's barrier: records so far, by volume."""
         return self.breqd(lambda tracker: tracker.barrier(drain))
 

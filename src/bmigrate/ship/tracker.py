@@ -174,12 +174,12 @@ class Tracker:
         wanted: list[list[int]] = [[offset, length] for offset, length in extents]
         self._client.call("mark", workload=self.workload, volume=volume, extents=wanted, reason=reason)
 
-    def barrier(self, drain: bool = False) -> dict[str, int]:
+    def barrier(self, drain: str | None = None) -> dict[str, int]:
         """Wait until every record of a write completed before this call is in the maps; records so far by volume.
 
         Args:
-            drain: the workload is stopped and the device held: blocks of failed writes, which stay marked
-                until then whatever is acknowledged, become blocks like others.
+            drain: the run id of a drain (workload stopped, device held): its barriers offer the blocks of
+                failed writes, which stay marked whatever is acknowledged, once and not each time.
         """
         answer = self._client.call("barrier", workload=self.workload, drain=drain)
         return {str(name): int(count) for name, count in answer["total_records"].items()}
