@@ -34,6 +34,7 @@ def good_config() -> dict[str, Any]:
         ({"host": "gamma"}, "host"),
         ({"granule": 5000}, "granule"),
         ({"limits": {"max_drain_seconds": "soon"}}, "limits.max_drain_seconds"),
+        ({"limits": {"max_downtime_seconds": 60, "restart_seconds": 60}}, "limits.restart_seconds"),
         ({"mounts": [{"volume": "other", "path": "/srv", "fstype": "ext4"}]}, "mounts.0.volume"),
         ({"surprise": 1}, "surprise"),
         ({"volumes": [{"name": "data", "devices": {"alpha": "/dev/vda"}}]}, "volumes.0.devices"),

@@ -108,6 +108,7 @@ SCHEMA: dict[str, Any] = {
             "properties": {
                 "max_drain_seconds": _SECONDS,
                 "max_downtime_seconds": _SECONDS,
+                "restart_seconds": _SECONDS,
                 "converge_timeout_seconds": _SECONDS,
                 "silence_seconds": _SECONDS,
                 "bandwidth_bytes_per_second": {"type": "integer", "minimum": 0},
@@ -124,13 +125,24 @@ NOT_YET = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Times in seconds, bandwidth in bytes per second (0: no limit)."""
+    """Times in seconds, bandwidth in bytes per second (0: no limit).
+
+    ``restart_seconds`` is the part of ``max_downtime_seconds`` that is kept for starting the workload on the
+    source again; None: a third.
+    """
 
     max_drain_seconds: float = 2.0
     max_downtime_seconds: float = 120.0
+    restart_seconds: float | None = None
     converge_timeout_seconds: float = 900.0
     silence_seconds: float = 20.0
     bandwidth_bytes_per_second: int = 0
+
+    @property
+    def dead_man_seconds(self) -> float:
+        """How long after the first stop an uncommitted handover is undone, so that the service is back in time."""
+        kept = self.max_downtime_seconds / 3 if self.restart_seconds is None else self.restart_seconds
+        return self.max_downtime_seconds - kept
 
 
 @dataclass(frozen=True)
@@ -262,6 +274,9 @@ def validate(data: Any, source: str) -> None:
             raise _wrong(source, f"mounts.{index}.volume", f"{mount['volume']!r} is not one of the volumes {names}")
     if data.get("services") and not data.get("mounts"):
         raise _wrong(source, "services", "services without a mount have nothing to fail over with")
+    limits = Limits(**data.get("limits", {}))
+    if limits.dead_man_seconds <= 0:
+        raise _wrong(source, "limits.restart_seconds", "must be less than max_downtime_seconds")
     if data.get("on_silent_peer", "start") != "start":
         # Only a promotion without the source could make waiting necessary, and that is refused as well.
         raise RefusedError(

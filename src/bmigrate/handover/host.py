@@ -182,7 +182,7 @@ class Host:
 
     def stop_service(self, service: str) -> None:
         """Stop a service and make sure that it is stopped."""
-        self.run(["systemctl", "stop", service], self.config.limits.max_downtime_seconds)
+        self.run(["systemctl", "stop", service], self.config.limits.dead_man_seconds)
         found = self.service_state(service)
         if found not in ("inactive", "failed"):
             raise RefusedError(f"{service} is {found} after its stop", reason="service_runs")
@@ -344,7 +344,7 @@ class Host:
         """Run the operator's hooks in order; the first failure ends it."""
         for argv in hooks:
             try:
-                self.run(argv, self.config.limits.max_downtime_seconds)
+                self.run(argv, self.config.limits.dead_man_seconds)
             except RefusedError as error:
                 raise RefusedError(f"hook failed: {error.message}", reason="hook_failed") from error
 

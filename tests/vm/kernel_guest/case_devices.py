@@ -91,6 +91,19 @@ def _scsi_disk(*options: str) -> Iterator[str]:
 
 
 @contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """The disk under the lock that udev honours; what udev had begun before is over."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        run("udevadm", "settle")
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        run("udevadm", "settle")
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
 def _attachment_of(path: str, region_bytes: int = 65536) -> Iterator[tuple[Attachment, Control, Channel]]:
     """The device, attached, with an empty log."""
     with Control() as control, Channel() as channel:
@@ -114,8 +127,12 @@ def _whole(batches: list[Batch], attachment: Attachment) -> bool:
 
 
 def passthrough(device: str) -> dict[str, Any]:
-    """A command past the block layer marks everything, unless it only brings data; a barrier waits for the mark."""
-    with _scsi_disk() as disk, _attachment_of(disk) as (attachment, control, channel):
+    """A command past the block layer marks everything, unless it only brings data; a barrier waits for the mark.
+
+    The disk is locked against udev: it has the kernel read the partition table again whenever a writer closes the
+    disk, and for that sd sends a TEST UNIT READY of its own, at a moment of its own.
+    """
+    with _scsi_disk() as disk, _locked(disk), _attachment_of(disk) as (attachment, control, channel):
         results: dict[str, Any] = {}
 
         def send(name: str, command: bytes, direction: int, data: bytes = b"") -> None:
