@@ -44,3 +44,21 @@ def test_failover_in_check_mode_names_what_is_missing_and_changes_nothing(bare: 
 def test_failover_is_refused_with_the_reason(bare: Lab, extra: dict[str, str], words: str) -> None:
     run = play(bare, "failover.yml", **extra)
     assert run.returncode == 2 and words in run.output, run.output
+
+
+def test_without_kernel_headers_the_installation_is_refused_and_changes_nothing(bare: Lab) -> None:
+    """The guests have no way to a package archive, so what is missing stays missing."""
+    link = "/lib/modules/$(uname -r)/build"
+    for host in bare.vms:
+        bare.ssh(host, f"mv {link} /root/build.aside")
+    try:
+        before = {host: fingerprint(bare, host) for host in bare.vms}
+        run = play(bare, "install.yml")
+        assert run.returncode == 2, run.output
+        for host in bare.vms:
+            assert f"{host}: the headers of the running kernel are missing" in run.output, run.output
+            assert run.recap(host)["changed"] == 0
+        assert {host: fingerprint(bare, host) for host in bare.vms} == before
+    finally:
+        for host in bare.vms:
+            bare.ssh(host, f"mv /root/build.aside {link}")

@@ -16,8 +16,8 @@ KERNEL = "tests/vm/test_kernel_modules.py"
 RECORD_TIME = "tests/mutants/record_time.py"
 QUIET = f"{LOSSES}::test_a_quiet_seed_and_drain"
 QUIET_KERNEL = f"{KERNEL}::test_every_changed_sector_is_in_the_log[raw]"
-#: install, sync, failover and status by ansible-runner on two guests, with nothing going wrong.
-FAILOVER = "tests/ansible/test_awx_runner.py"
+#: Install, sync and failover on two guests, with nothing going wrong.
+FAILOVER = "tests/mutants/quiet_failover.py::test_a_seed_and_a_quiet_failover"
 _LOST = r"AssertionError: the standby lost writes at \[\d"
 
 
