@@ -37,7 +37,10 @@ def test_no_patch_is_forgotten() -> None:
     assert {path.stem for path in PATCHES.glob("*.patch")} == {mutant.name for mutant in MUTANTS}
 
 
-@pytest.mark.parametrize("node", sorted({FAILOVER, *(node for mutant in MUTANTS for node in (mutant.quiet, mutant.named))}))
+NODES = {FAILOVER, *(node for mutant in MUTANTS for node in (mutant.quiet, mutant.named))}
+
+
+@pytest.mark.parametrize("node", sorted(NODES))
 def test_the_tests_that_are_named_exist(node: str) -> None:
     path, _, name = node.partition("::")
     defined = {

@@ -45,8 +45,9 @@ def drain(
     """Drain the open session.
 
     Args:
-        run_id: of the handover. deadline: monotonic seconds after which it gives up. cancelled: nobody waits for it any more, or the
-            source was told to resume; asked now and then. progress: called with (done, total) bytes.
+        run_id: of the handover. deadline: monotonic seconds after which it gives up. cancelled: nobody waits for
+            it any more, or the source was told to resume; asked now and then. progress: called with (done, total)
+            bytes.
 
     Returns:
         {bytes_left_at_start, bytes_shipped, zero_bytes, passes, seconds, barrier_seconds, reread_seconds,

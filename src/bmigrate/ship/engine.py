@@ -374,7 +374,9 @@ class Engine(threading.Thread):
         self.activity = "draining"
         try:
             run_id = str(job.fields.get("run_id"))
-            result = drains.drain(session, self.pacer, run_id, job.deadline, lambda: job.cancelled, self._drain_progress)
+            result = drains.drain(
+                session, self.pacer, run_id, job.deadline, lambda: job.cancelled, self._drain_progress
+            )
             with self._wake:
                 # A source that was told to resume meanwhile must not be sealed behind its back.
                 if job.cancelled:
