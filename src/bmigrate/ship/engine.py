@@ -40,6 +40,8 @@ from bmigrate.ship.wanted import Wanted
 
 IN_STEP_INTERVAL_SECONDS = 0.3
 """Rest between two passes that found little: small writes gather meanwhile and cost less."""
+IDLE_INTERVAL_SECONDS = 1.0
+"""Rest after a look that found nothing: the most that a first write waits to be seen."""
 _log = logging.getLogger("ship")
 
 
@@ -258,7 +260,8 @@ class Engine(threading.Thread):
                 self._passed(PassResult(), before, before)
             self._judge_converging()
             if self.trend.caught_up:
-                self._sleep(0.05 if self.pacer.urgent.is_set() else IN_STEP_INTERVAL_SECONDS)
+                quiet = IDLE_INTERVAL_SECONDS if not before.left_bytes else IN_STEP_INTERVAL_SECONDS
+                self._sleep(0.05 if self.pacer.urgent.is_set() else quiet)
 
     def _check_attached(self, snapshot: Snapshot) -> None:
         """A volume whose writes are no longer recorded cannot be shipped, and a resync would prove nothing."""
