@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from lab.disks import DISKS
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(sys.executable).parent
 LIMIT_SECONDS = 1500
+#: Where a guest says by which run of the tests it was installed on; a guest made anew does not say it.
+INSTALLED = "/var/tmp/bmigrate-installed-by"
+SESSION = uuid.uuid4().hex
 
 # Everything that a playbook in check mode must leave as it is, as one digest per part. Times of access are not in it.
 FINGERPRINT = r"""
@@ -85,6 +89,30 @@ def play(lab: Lab, name: str, *words: str, **extra: Any) -> Run:
         check=False,
     )
     return Run(done.returncode, done.stdout)
+
+
+def install_once(lab: Lab) -> None:
+    """``install.yml`` on both hosts, unless this very run of the tests has done so on these guests.
+
+    With BMIGRATE_LAB_DEPLOYED=1 what an earlier run installed is used as it is: for work on a single test only, it
+    shows nothing about a fresh installation.
+    """
+    if os.environ.get("BMIGRATE_LAB_DEPLOYED") == "1" or is_installed(lab):
+        return
+    run = play(lab, "install.yml")
+    assert run.returncode == 0, run.output[-6000:]
+    note_installed(lab)
+
+
+def is_installed(lab: Lab) -> bool:
+    """Whether this run of the tests has installed on both guests."""
+    return all(lab.ssh(host, f"cat {INSTALLED}", check=False).stdout.strip() == SESSION for host in lab.vms)
+
+
+def note_installed(lab: Lab) -> None:
+    """This run of the tests has installed on both guests."""
+    for host in lab.vms:
+        lab.ssh(host, f"echo {SESSION} > {INSTALLED}")
 
 
 def fingerprint(lab: Lab, host: str) -> dict[str, str]:

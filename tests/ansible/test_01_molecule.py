@@ -11,7 +11,7 @@ import subprocess
 import pytest
 
 from lab import Lab
-from tests.ansible.playbooks import ROOT, TOOLS, environment
+from tests.ansible.playbooks import ROOT, TOOLS, environment, note_installed
 
 pytestmark = [pytest.mark.ansible, pytest.mark.unproven]
 
@@ -31,5 +31,6 @@ def test_the_scenarios_pass_in_order(lab: Lab) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-12000:]
+    note_installed(lab)
     assert lab.ssh("alpha", "findmnt --noheadings --output TARGET /srv/pgdata", check=False).stdout.strip()
     assert not lab.ssh("beta", "findmnt --noheadings --output TARGET /srv/pgdata", check=False).stdout.strip()

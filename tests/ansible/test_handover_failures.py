@@ -23,7 +23,7 @@ from lab import Lab, LabError, wait
 from lab.disks import disk_by_number
 from tests.ansible.controller import Controller
 from tests.ansible.mounts import MountWatch
-from tests.ansible.playbooks import play
+from tests.ansible.playbooks import install_once, play
 
 pytestmark = [pytest.mark.ansible, pytest.mark.unproven, pytest.mark.timeout(1500)]
 
@@ -88,9 +88,9 @@ class Service:
             probe = self.lab.ssh("alpha", f"blkid -p {disk_by_number(1).guest_path('alpha')}", check=False)
             if probe.returncode == 2:
                 self.cluster.settle("alpha")
-        for name, extra in (("install.yml", {}), ("sync.yml", {"bmigrate_initial_primary": "alpha"})):
-            run = play(self.lab, name, bmigrate_workload=WORKLOAD if name == "sync.yml" else "", **extra)
-            assert run.returncode == 0, run.output[-6000:]
+        install_once(self.lab)
+        run = play(self.lab, "sync.yml", bmigrate_workload=WORKLOAD, bmigrate_initial_primary="alpha")
+        assert run.returncode == 0, run.output[-6000:]
         for host in self.lab.vms:
             edit = f"s/max_downtime_seconds: .*/max_downtime_seconds: {MAX_DOWNTIME_SECONDS}/"
             path = f"/etc/bmigrate/{WORKLOAD}.yml"

@@ -23,6 +23,7 @@ from typing import IO, Any
 
 from lab import Comparison, Lab, LabError, wait
 from lab.disks import disk_by_number
+from tests.ansible.playbooks import install_once
 
 ROOT = Path(__file__).resolve().parents[2]
 AGENT = Path(__file__).with_name("agent.py")
@@ -163,7 +164,7 @@ class Rig:
 
     def deploy(self, *arguments: str) -> None:
         """Install on both hosts and bring the fault workload in step, by the shipped playbooks."""
-        self.playbook("install.yml", *arguments)
+        install_once(self.lab)
         first = ["-e", f"bmigrate_initial_primary={HOSTS[0]}"]  # heeded only while no host has a role
         self.playbook("sync.yml", "-e", f"bmigrate_workload={WORKLOAD}", *first, *arguments)
         self.find_volume()
