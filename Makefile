@@ -10,7 +10,7 @@ export PYTHONPATH := src:.
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint bench lab-up lab-down test-unit test-vm test-ansible test-mutants test-unproven module clean
+.PHONY: help setup demo test lint bench lab-up lab-down test-unit test-vm test-ansible test-mutants module clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,11 +21,10 @@ setup: ## install what is missing on this machine (Debian 12; needs root or sudo
 demo: setup ## boot two VMs, move a live PostgreSQL there and back, print the evidence
 	$(PY) -m demo
 
-test: setup lint module ## lint, kernel build, then unit, contract, VM and Ansible tests (all but test-unproven)
-	$(PYTEST) -m "not unproven" $(wildcard tests/unit tests/contract tests/ansible tests/vm)
-
-test-unproven: setup ## the tests that have not been seen to pass yet: molecule, ansible-runner, failures, bad input
-	$(PYTEST) -m unproven tests
+# One boot of the guests serves all: first what needs them bare, then what installs, then what needs them installed.
+TESTS := tests/unit tests/contract tests/vm/test_kernel_modules.py tests/ansible tests/vm
+test: setup lint module ## lint, kernel build, then unit, contract, Ansible and VM tests
+	$(PYTEST) --durations=20 $(TESTS)
 
 lint: setup ## check style and types of all that is in the repository
 	tools/lint

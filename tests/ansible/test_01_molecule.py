@@ -13,7 +13,7 @@ import pytest
 from lab import Lab
 from tests.ansible.playbooks import ROOT, TOOLS, environment, note_installed
 
-pytestmark = [pytest.mark.ansible, pytest.mark.unproven]
+pytestmark = pytest.mark.ansible
 
 
 @pytest.mark.timeout(2400)

@@ -18,7 +18,7 @@ from lab import Lab, wait
 from lab.disks import disk_by_number
 from tests.ansible.playbooks import install_once, play
 
-pytestmark = [pytest.mark.ansible, pytest.mark.unproven, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ansible, pytest.mark.timeout(900)]
 
 HOST, PEER = "beta", "alpha"
 FAULT_BYTES = disk_by_number(2).size_bytes

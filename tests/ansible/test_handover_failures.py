@@ -25,7 +25,7 @@ from tests.ansible.controller import Controller
 from tests.ansible.mounts import MountWatch
 from tests.ansible.playbooks import install_once, play
 
-pytestmark = [pytest.mark.ansible, pytest.mark.unproven, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ansible, pytest.mark.timeout(1500)]
 
 WORKLOAD = "pgdemo"
 MAX_DOWNTIME_SECONDS = 60
@@ -123,8 +123,9 @@ class Service:
 
     def wait_in_step(self) -> None:
         """Until the replica is in step, whatever was hit before."""
-        run = play(self.lab, "sync.yml", bmigrate_workload=WORKLOAD)
-        assert run.returncode == 0, run.output[-6000:]
+        command = f"bmigrate sync --workload {WORKLOAD} --wait --timeout 600 --json"
+        done = self.lab.ssh(self.primary(), command, check=False, timeout=660)
+        assert done.returncode == 0, done
 
     def failover(self, log: Path) -> Controller:
         """Start failover.yml."""

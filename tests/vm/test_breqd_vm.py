@@ -33,7 +33,7 @@ from bmigrate.common import paths, rpc
 rpc.call(paths.breqd_socket(), "detach", workload="probe", volume="small")
 """
 
-pytestmark = [pytest.mark.vm, pytest.mark.unproven]
+pytestmark = pytest.mark.vm
 
 
 @pytest.fixture
