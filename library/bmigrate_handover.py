@@ -181,6 +181,11 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.bmigrate_cli import call, explain
 
 READ_ONLY = ("discover", "preflight")
+#: The steps that belong to one handover and name its run id.
+STEPS_OF_A_RUN = (
+    *("begin", "converge", "quiesce", "drain", "prepare", "commit"),
+    *("promote", "start", "finish", "resume", "cancel"),
+)
 FIRST_ROLE = {"init": "primary", "adopt": "standby"}
 # Exit codes that are an answer and not a failure of the call: resume ends with "rolled back" when it
 # has done its work, and preflight with "refused" when it has found a blocker.
@@ -277,23 +282,7 @@ def main() -> None:
             "step": {
                 "type": "str",
                 "required": True,
-                "choices": [
-                    "discover",
-                    "preflight",
-                    "begin",
-                    "converge",
-                    "quiesce",
-                    "drain",
-                    "prepare",
-                    "commit",
-                    "promote",
-                    "start",
-                    "finish",
-                    "resume",
-                    "cancel",
-                    "init",
-                    "adopt",
-                ],
+                "choices": ["discover", "preflight", *STEPS_OF_A_RUN, "init", "adopt"],
             },
             "workload": {"type": "str", "required": True},
             "run_id": {"type": "str"},
@@ -324,22 +313,7 @@ def main() -> None:
             ("step", "cancel", ("abandoned",)),
             ("step", "adopt", ("generation",)),
         ]
-        + [
-            ("step", step, ("run_id",))
-            for step in (
-                "begin",
-                "converge",
-                "quiesce",
-                "drain",
-                "prepare",
-                "commit",
-                "promote",
-                "start",
-                "finish",
-                "resume",
-                "cancel",
-            )
-        ],
+        + [("step", step, ("run_id",)) for step in STEPS_OF_A_RUN],
         supports_check_mode=True,
     )
     params = module.params

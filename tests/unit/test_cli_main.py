@@ -27,22 +27,10 @@ volumes: [{name: data, devices: {alpha: /dev/nothing-a, beta: /dev/nothing-b}}]
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def configured(root: Path) -> Path:
     """A host with one configured workload."""
-    for name in ("etc", "state", "run"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(f"BMIGRATE_{name.upper()}", str(tmp_path / name))
-    (tmp_path / "etc" / "pg.yml").write_text(CONFIG)
-    return tmp_path
-
-
-def made_primary() -> states.WorkloadState:
-    """The workload with a role on this host."""
-    first = {"number": 1, "id": "g1"}
-    item = states.WorkloadState("pg", "alpha", role="primary", generation=first, history=[first], shipping=True)
-    paths.state_dir("pg").mkdir(exist_ok=True)
-    states.save(item)
-    return item
+    (root / "etc" / "pg.yml").write_text(CONFIG)
+    return root
 
 
 def answer(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any]]:
@@ -92,8 +80,10 @@ def test_every_command_has_help_of_its_own(name: str, capsys: pytest.CaptureFixt
         ["init", "--workload", "unknown"],
     ],
 )
-def test_a_wrong_command_line_is_usage(root: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
-    item = made_primary()
+def test_a_wrong_command_line_is_usage(
+    configured: Path, primary: states.WorkloadState, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    item = primary
     item.handover = {"run_id": "r1", "side": "source", "phase": "drained", "peer": "beta", "results": {},
                      "candidate": {"number": 2, "id": "x"}}  # fmt: skip
     states.save(item)
@@ -102,8 +92,9 @@ def test_a_wrong_command_line_is_usage(root: Path, capsys: pytest.CaptureFixture
     assert found["error"]["message"]
 
 
-def test_begin_is_done_once_and_repeats_its_answer(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made_primary()
+def test_begin_is_done_once_and_repeats_its_answer(
+    configured: Path, primary: states.WorkloadState, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["handover", "begin", "--workload", "pg", "--run-id", "r1", "--expect", "idle"]
     code, first = answer(capsys, *words)
     assert code == 0 and first["changed"] and first["data"]["phase"] == "begun"
@@ -119,9 +110,8 @@ def test_begin_is_done_once_and_repeats_its_answer(root: Path, capsys: pytest.Ca
 
 
 def test_resume_answers_rolled_back_with_its_result(
-    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    configured: Path, primary: states.WorkloadState, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made_primary()
     monkeypatch.setattr(Host, "hold", lambda self, op, **fields: {})
     monkeypatch.setattr(Host, "ship", lambda self, op, **fields: {})
     monkeypatch.setattr(Host, "disarm_dead_man", lambda self: None)
@@ -134,7 +124,7 @@ def test_resume_answers_rolled_back_with_its_result(
 
 
 def test_a_host_without_a_role_is_refused_and_discover_still_answers(
-    root: Path, capsys: pytest.CaptureFixture[str]
+    configured: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, found = answer(capsys, "handover", "begin", "--workload", "pg", "--run-id", "r1")
     assert code == 3 and found["error"]["reason"] == "not_initialised"
@@ -144,20 +134,20 @@ def test_a_host_without_a_role_is_refused_and_discover_still_answers(
     assert found["data"]["breqd"]["error"]["code"] == "unreachable"
 
 
-def test_preflight_names_every_blocker_and_changes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made_primary()
+def test_preflight_names_every_blocker_and_changes_nothing(
+    configured: Path, primary: states.WorkloadState, capsys: pytest.CaptureFixture[str]
+) -> None:
     (paths.state_dir("pg") / "lock").write_text("4711\n")
-    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in configured.rglob("*") if path.is_file()}
     code, found = answer(capsys, "handover", "preflight", "--workload", "pg")
     assert code == 3 and not found["changed"]
     assert {"daemon_down", "device_missing"} <= {item["reason"] for item in found["data"]["blockers"]}
-    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in configured.rglob("*") if path.is_file()} == before
 
 
 def test_judge_needs_both_hosts_and_answers_a_split_brain_with_its_own_code(
-    root: Path, capsys: pytest.CaptureFixture[str]
+    configured: Path, primary: states.WorkloadState, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made_primary()
     assert answer(capsys, "handover", "judge", "--workload", "pg")[0] == 2
     peer: dict[str, Any] = {
         "host": "beta",
@@ -171,9 +161,8 @@ def test_judge_needs_both_hosts_and_answers_a_split_brain_with_its_own_code(
     assert code == 6 and "two primaries" in found["error"]["message"]
 
 
-def test_the_downtime_commands_import_nothing_heavy(root: Path) -> None:
+def test_the_downtime_commands_import_nothing_heavy(configured: Path, primary: states.WorkloadState) -> None:
     """Start-up time is downtime: no NumPy, no schema validation, no other command."""
-    made_primary()
     program = (
         "import sys; from bmigrate.cli import main; "
         "main.main(['handover', 'begin', '--workload', 'pg', '--run-id', 'r1', '--json']); "
@@ -186,9 +175,8 @@ def test_the_downtime_commands_import_nothing_heavy(root: Path) -> None:
 
 
 def test_an_unexpected_error_is_a_defect_in_the_documented_form(
-    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    configured: Path, primary: states.WorkloadState, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made_primary()
 
     def broken(*_: Any) -> Any:
         raise ZeroDivisionError("broken")
@@ -198,9 +186,10 @@ def test_an_unexpected_error_is_a_defect_in_the_documented_form(
     assert code == 70 and found["error"]["code"] == "defect"
 
 
-def test_a_timer_of_a_run_that_is_over_ends_for_good(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_timer_of_a_run_that_is_over_ends_for_good(
+    configured: Path, primary: states.WorkloadState, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Were it refused (3), systemd would repeat it every two seconds: 6 is one of its good ends."""
-    made_primary()
     answer(capsys, "handover", "begin", "--workload", "pg", "--run-id", "r2")
     words = ["handover", "resume", "--workload", "pg", "--run-id", "r1"]
     assert answer(capsys, *words, "--reason", "dead-man")[0] == 6
@@ -208,9 +197,8 @@ def test_a_timer_of_a_run_that_is_over_ends_for_good(root: Path, capsys: pytest.
 
 
 def test_a_full_disk_is_a_refusal_that_says_what_is_still_true(
-    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    configured: Path, primary: states.WorkloadState, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made_primary()
 
     def full(item: states.WorkloadState) -> None:
         raise OSError(28, "No space left on device")
@@ -221,10 +209,9 @@ def test_a_full_disk_is_a_refusal_that_says_what_is_still_true(
 
 
 def test_discover_shows_only_what_is_durable(
-    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    configured: Path, primary: states.WorkloadState, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A commit read between the rename and the fsync of a killed process must not promote the target."""
-    made_primary()
     synced: list[str] = []
     real = os.fsync
 

@@ -19,26 +19,6 @@ from bmigrate.handover import early, names, shutdown, units
 from bmigrate.handover.host import Host
 from tests.unit.handover_world import config_of
 
-GENERATION = {"number": 1, "id": "g1"}
-
-
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The three directories of a host, in a temporary place."""
-    for name in ("etc", "state", "run"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(f"BMIGRATE_{name.upper()}", str(tmp_path / name))
-    return tmp_path
-
-
-def primary(root: Path) -> states.WorkloadState:
-    """A primary's state on disk."""
-    item = states.WorkloadState("pg", "alpha", role="primary", generation=GENERATION, history=[GENERATION])
-    atomic.make_directory(paths.state_dir("pg"))
-    states.save(item)
-    return item
-
-
 # -- clean flags ------------------------------------------------------------------------------------
 
 
@@ -96,8 +76,9 @@ def test_no_workload_may_start_while_a_clean_flag_is_there(root: Path, monkeypat
 # -- the shutdown unit ------------------------------------------------------------------------------
 
 
-def test_the_shutdown_unit_refuses_while_the_host_stays_up(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    primary(root)
+def test_the_shutdown_unit_refuses_while_the_host_stays_up(
+    root: Path, primary: states.WorkloadState, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(configs, "load", lambda workload, validated=True: config_of("alpha"))
     monkeypatch.setattr(Host, "attempt", lambda self, argv, timeout_seconds=1.0: (0, "running\n"))
     with pytest.raises(RefusedError) as caught:
@@ -121,18 +102,20 @@ def closing(monkeypatch: pytest.MonkeyPatch, writers: list[str]) -> list[str]:
     return calls
 
 
-def test_the_shutdown_unit_closes_between_hold_and_release(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    primary(root)
+def test_the_shutdown_unit_closes_between_hold_and_release(
+    root: Path, primary: states.WorkloadState, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert closing(monkeypatch, []) == ["hold.hold", "breqd.clean_close", "hold.release"]
 
 
-def test_a_volume_with_a_raw_writer_gets_no_clean_flag(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    primary(root)
+def test_a_volume_with_a_raw_writer_gets_no_clean_flag(
+    root: Path, primary: states.WorkloadState, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert closing(monkeypatch, ["process 9 (dd)"]) == ["hold.hold", "hold.release"]
 
 
-def test_a_standby_is_not_closed_by_the_shutdown_unit(root: Path) -> None:
-    item = primary(root)
+def test_a_standby_is_not_closed_by_the_shutdown_unit(root: Path, primary: states.WorkloadState) -> None:
+    item = primary
     item.role = "standby"
     states.save(item)
     assert shutdown.close_all() == []

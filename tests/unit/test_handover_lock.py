@@ -14,32 +14,12 @@ from typing import Any
 
 import pytest
 
-from bmigrate.common import atomic, faults, paths
+from bmigrate.common import faults, paths
 from bmigrate.common import state as states
 from bmigrate.common.errors import RefusedError
 from bmigrate.handover import machine, store
 from bmigrate.handover.host import Host
 from tests.unit.handover_world import config_of
-
-GENERATION = {"number": 1, "id": "g1"}
-
-
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The three directories of a host, in a temporary place."""
-    for name in ("etc", "state", "run"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(f"BMIGRATE_{name.upper()}", str(tmp_path / name))
-    return tmp_path
-
-
-def primary(root: Path) -> states.WorkloadState:
-    """A primary's state on disk."""
-    item = states.WorkloadState("pg", "alpha", role="primary", generation=GENERATION, history=[GENERATION])
-    atomic.make_directory(paths.state_dir("pg"))
-    states.save(item)
-    return item
-
 
 # -- lock and preemption ----------------------------------------------------------------------------
 
@@ -73,8 +53,7 @@ def holder(root: Path) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("step", ["drain", "quiesce", "converge"])
-def test_a_resume_ends_a_step_that_hangs(root: Path, holder: Any, step: str) -> None:
-    primary(root)
+def test_a_resume_ends_a_step_that_hangs(root: Path, primary: states.WorkloadState, holder: Any, step: str) -> None:
     stuck = holder(step)
     began = time.monotonic()
     with store.opened("pg", preempt_for="r1") as opened:
@@ -84,8 +63,9 @@ def test_a_resume_ends_a_step_that_hangs(root: Path, holder: Any, step: str) -> 
 
 
 @pytest.mark.parametrize("step", ["promote", "start", "resume", "finish"])
-def test_a_resume_never_ends_a_step_of_another_kind(root: Path, holder: Any, step: str) -> None:
-    primary(root)
+def test_a_resume_never_ends_a_step_of_another_kind(
+    root: Path, primary: states.WorkloadState, holder: Any, step: str
+) -> None:
     other = holder(step)
     with pytest.raises(RefusedError) as caught:
         with store.opened("pg", wait_seconds=0.3, preempt_for="r1"):
@@ -94,8 +74,9 @@ def test_a_resume_never_ends_a_step_of_another_kind(root: Path, holder: Any, ste
     assert other.poll() is None
 
 
-def test_a_step_that_is_not_a_resume_waits_and_names_the_owner(root: Path, holder: Any) -> None:
-    primary(root)
+def test_a_step_that_is_not_a_resume_waits_and_names_the_owner(
+    root: Path, primary: states.WorkloadState, holder: Any
+) -> None:
     owner = holder("drain")
     with pytest.raises(RefusedError) as caught:
         with store.opened("pg", wait_seconds=0.2):
@@ -104,8 +85,9 @@ def test_a_step_that_is_not_a_resume_waits_and_names_the_owner(root: Path, holde
     assert owner.poll() is None
 
 
-def test_opening_makes_durable_what_it_reads(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    primary(root)
+def test_opening_makes_durable_what_it_reads(
+    root: Path, primary: states.WorkloadState, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced: list[str] = []
     real = os.fsync
 
@@ -126,8 +108,7 @@ def test_a_workload_without_a_role_is_refused_by_name(root: Path) -> None:
     assert caught.value.reason == "not_initialised"
 
 
-def test_a_save_that_fails_leaves_the_old_state_in_force(root: Path) -> None:
-    primary(root)
+def test_a_save_that_fails_leaves_the_old_state_in_force(root: Path, primary: states.WorkloadState) -> None:
     faults.configure("state.replace=error:28")
     try:
         with store.opened("pg") as opened:
@@ -140,8 +121,7 @@ def test_a_save_that_fails_leaves_the_old_state_in_force(root: Path) -> None:
     assert loaded is not None and loaded.handover is None
 
 
-def test_looking_at_the_lock_changes_nothing(root: Path, holder: Any) -> None:
-    primary(root)
+def test_looking_at_the_lock_changes_nothing(root: Path, primary: states.WorkloadState, holder: Any) -> None:
     assert store.lock_free("pg")
     owner = holder("drain")
     lock = paths.state_dir("pg") / "lock"

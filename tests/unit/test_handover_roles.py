@@ -21,15 +21,6 @@ from tests.unit.handover_world import config_of
 GENERATION = {"number": 1, "id": "g1"}
 
 
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The three directories of a host, in a temporary place."""
-    for name in ("etc", "state", "run"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(f"BMIGRATE_{name.upper()}", str(tmp_path / name))
-    return tmp_path
-
-
 # -- what is on a device ----------------------------------------------------------------------------
 
 needs_tools = pytest.mark.usefixtures("tools")

@@ -74,8 +74,8 @@ class ChannelStats:
     overflow_waiting: int
 
 
-class Channel:
-    """The one reader of the log.
+class Channel(device.Handle):
+    """The one reader of the log. Closing it lets a batch that was not consumed go to the next reader.
 
     The file is non-blocking: wait with poll() on fileno(). Opening raises NotLoaded, AbiMismatch, Busy, or KernelError
     with code permission.
@@ -94,22 +94,6 @@ class Channel:
             self.close()
             raise
         self._buffer = bytearray(ctypes.sizeof(abi.BatchHeader) + self.info.batch_records * abi.RECORD_BYTES)
-
-    def __enter__(self) -> Channel:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def fileno(self) -> int:
-        """The descriptor, for poll and selectors: readable when read_batch may find something."""
-        return self._fd
-
-    def close(self) -> None:
-        """Let go of the channel. A batch that was not consumed goes to the next reader."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
     def read_batch(self, max_records: int = 0) -> Batch | None:
         """The next batch, or the one that was read and not consumed; None if there is nothing.

@@ -108,29 +108,13 @@ def _name_of(fd: int) -> str:
         return f"file descriptor {fd}"
 
 
-class Control:
+class Control(device.Handle):
     """The door to reqlog. Opening raises NotLoaded, AbiMismatch, or KernelError with code permission."""
 
     def __init__(self, path: str = abi.CONTROL_PATH) -> None:
         self.path = path
         self._fd = device.open_checked(path, os.O_RDWR, "reqlog", abi.REQLOG_IOC_ABI, abi.REQLOG_ABI)
         self.abi_version = abi.REQLOG_ABI
-
-    def __enter__(self) -> Control:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def fileno(self) -> int:
-        """The descriptor."""
-        return self._fd
-
-    def close(self) -> None:
-        """Close the control. Attachments stay."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
     def attach(
         self, fd: int, region_bytes: int = DEFAULT_REGION_BYTES, identity: Identity | None = None, volume: str = ""

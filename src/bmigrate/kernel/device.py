@@ -10,8 +10,11 @@ import ctypes
 import errno as errnos
 import fcntl
 import os
+from typing import TypeVar
 
 from bmigrate.kernel import errors
+
+Some = TypeVar("Some", bound="Handle")
 
 
 def open_checked(path: str, flags: int, module: str, ioc_abi: int, wanted: int) -> int:
@@ -45,6 +48,28 @@ def open_checked(path: str, flags: int, module: str, ioc_abi: int, wanted: int) 
         os.close(fd)
         raise
     return fd
+
+
+class Handle:
+    """An open device file: a context manager that closes it; usable with poll and selectors."""
+
+    _fd = -1
+
+    def __enter__(self: Some) -> Some:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """The descriptor; -1 after close."""
+        return self._fd
+
+    def close(self) -> None:
+        """Close the device; what the kernel keeps of it stays."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def call(fd: int, number: int, payload: ctypes.Structure | ctypes.c_uint32 | ctypes.c_uint64) -> int:

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What several unit tests start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bmigrate.common import atomic, paths
+from bmigrate.common import state as states
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The three directories of a host, in a temporary place."""
+    for name in ("etc", "state", "run"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"BMIGRATE_{name.upper()}", str(tmp_path / name))
+    return tmp_path
+
+
+@pytest.fixture
+def primary(root: Path) -> states.WorkloadState:
+    """A primary's state on disk."""
+    first = {"number": 1, "id": "g1"}
+    item = states.WorkloadState("pg", "alpha", role="primary", generation=first, history=[first], shipping=True)
+    atomic.make_directory(paths.state_dir("pg"))
+    states.save(item)
+    return item
