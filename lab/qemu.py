@@ -21,6 +21,7 @@ from lab.errors import LabError
 
 COMMAND_LINE = (
     "root=/dev/vda rw console=ttyS0,115200 mitigations=off no_timer_check rcupdate.rcu_expedited=1 "
+    "rcutree.jiffies_till_first_fqs=25 rcutree.jiffies_till_next_fqs=25 "
     "random.trust_cpu=on apparmor=0 audit=0 8250.nr_uarts=1 panic=0 oops=panic systemd.show_status=error "
     "systemd.log_level=warning nowatchdog rcupdate.rcu_cpu_stall_suppress=1 cryptomgr.notests "
     "edd=off net.ifnames=0 selinux=0"
