@@ -46,7 +46,8 @@ class Controller:
             self.process = subprocess.Popen(
                 argv,
                 cwd=ROOT,
-                env={**environment(lab), "PYTHONUNBUFFERED": "1"},
+                # With skipped hosts hidden, the name of a task is printed when its first result is there.
+                env={**environment(lab), "PYTHONUNBUFFERED": "1", "ANSIBLE_DISPLAY_SKIPPED_HOSTS": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

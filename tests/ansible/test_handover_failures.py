@@ -10,6 +10,8 @@ second. The client's log is compared with the database at the end of every case.
 from __future__ import annotations
 
 import json
+import random
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,7 @@ pytestmark = [pytest.mark.ansible, pytest.mark.timeout(1500)]
 
 WORKLOAD = "pgdemo"
 MAX_DOWNTIME_SECONDS = 60
+IDS_PER_CLIENT = 1_000_000
 SERVICE = "postgresql@15-main.service"
 
 BEFORE_COMMIT = {
@@ -45,6 +48,9 @@ FROM_COMMIT = {
     "finish source": "Make the source a standby of the new generation",
     "finish target": "Let the target ship back",
 }
+#: A kill comes up to so many seconds after its task has begun: before, in or after what the host does in it. What is
+#: to die before the commit must do so sooner than a host can be reached twice.
+LATEST_BEFORE_SECONDS, LATEST_FROM_SECONDS = 2.5, 6.0
 #: The second step of a task: it has begun when one of these phases is on the host's disk.
 SECOND = {"drain": "quiesced|drained", "start": "promoted|started"}
 
@@ -58,8 +64,10 @@ class Service:
         self.cluster = Cluster(lab)
         self.watch = MountWatch(lab, {name: disk_by_number(1).guest_path(name) for name in lab.vms})
         self.clients = 0
-        self.next_id = 1
         self.events: list[dict[str, object]] = []
+        self.first_id = 1
+        self.random = random.Random(seed := random.randrange(1 << 32))
+        print(f"moments by seed {seed}")
 
     def role(self, host: str) -> str:
         """The durable role of a host, read past all programs."""
@@ -103,21 +111,21 @@ class Service:
             self.cluster.create_ledger(primary)
         else:
             self.cluster.sql(primary, f"alter role ledger password '{self.cluster.password}'")
-            self.next_id = max([0, *self.cluster.rows(primary)]) + 1
+            self.first_id = max([0, *self.cluster.rows(primary)]) + 1
         for host in self.lab.vms:
             self.watch.start(host)
 
     def client(self) -> ClientProcess:
-        """A client whose numbers go on where the last one's ended."""
+        """A client with numbers of its own."""
         self.clients += 1
-        return ClientProcess(self.cluster.conninfo(), self.directory / f"client-{self.clients}", self.next_id)
+        first = self.first_id + self.clients * IDS_PER_CLIENT
+        return ClientProcess(self.cluster.conninfo(), self.directory / f"client-{self.clients}", first)
 
     def judge(self, client: ClientProcess) -> list[ledger.Outage]:
         """End the client; nothing that was acknowledged to any client may be missing. Returns its outages."""
         client.stop()
         events = client.events()
         self.events += events
-        self.next_id = max(event["id"] for event in events) + 1
         assert ledger.missing(self.events, self.cluster.rows(self.primary())) == []
         return ledger.outages(events)
 
@@ -131,10 +139,35 @@ class Service:
         """Start failover.yml."""
         return Controller(self.lab, log, "failover.yml", bmigrate_confirm=WORKLOAD, bmigrate_report_directory="")
 
+    def kill_in(self, controller: Controller, task: str, phase: str, host: str) -> None:
+        """Kill the controller at a random moment from the beginning of a phase on."""
+        self.wait_for_phase(controller, task, phase, host)
+        latest = LATEST_BEFORE_SECONDS if phase in BEFORE_COMMIT else LATEST_FROM_SECONDS
+        moment = time.monotonic() + self.random.uniform(0, latest)
+        wait(lambda: time.monotonic() >= moment or controller.process.poll() is not None, 60, "the moment", 0.05)
+        controller.kill()
+        # What it had asked for goes on without it, to the end of the step.
+        for name in self.lab.vms:
+            wait(lambda name=name: not self.is_stepping(name), 300, f"{name} to end its step", 0.5)  # type: ignore[misc]
+
+    def is_stepping(self, host: str) -> bool:
+        """Whether a module of Ansible's, or a step, is running on a host."""
+        look = "pgrep -fx /usr/bin/python3 || pgrep -f 'bmigrate handover'"
+        return self.lab.ssh(host, f"bash -c {shlex.quote(look)}", check=False).returncode == 0
+
+    def is_open(self) -> bool:
+        """Whether a handover is open on one of the hosts."""
+        path = f"/var/lib/bmigrate/{WORKLOAD}/state.json"
+        return any(json.loads(self.lab.ssh(name, f"cat {path}").stdout)["handover"] for name in self.lab.vms)
+
     def finish_the_handover(self, source: str, log: Path) -> None:
-        """Run failover.yml once more; the other host must be primary then, and this one its standby."""
-        again = self.failover(log)
-        assert again.finish() == 0, again.output()[-6000:]
+        """Run failover.yml once more; the other host is primary then, and this one its standby.
+
+        The step that a dead controller asked for may have been the last one: then there is nothing left to run.
+        """
+        if self.is_open() or self.role(source) == "primary":
+            again = self.failover(log)
+            assert again.finish() == 0, again.output()[-6000:]
         assert self.primary() == self.other(source)
         assert self.role(source) == "standby"
 
@@ -159,10 +192,13 @@ def test_a_controller_killed_before_the_commit_and_again_from_it_on(
     with service.client() as client:
         client.wait_for_commits(20)
         controller = service.failover(tmp_path / "first.log")
-        service.wait_for_phase(controller, BEFORE_COMMIT[before], before, source)
-        if before not in ("begin", "converge"):
+        task = BEFORE_COMMIT[before]
+        if before == "quiesce":
+            controller.wait_for_task(task)
             wait(lambda: bool(ledger.outages(client.events())), 120, "the client to be refused", 0.05)
-        controller.kill()
+            controller.kill()
+        else:
+            service.kill_in(controller, task, before, source)
         client.wait_for_commits(20, limit_seconds=MAX_DOWNTIME_SECONDS + 240)
         assert service.primary() == source
         outages = service.judge(client)
@@ -172,8 +208,9 @@ def test_a_controller_killed_before_the_commit_and_again_from_it_on(
     with service.client() as client:
         client.wait_for_commits(20)
         controller = service.failover(tmp_path / "second.log")
-        service.wait_for_phase(controller, FROM_COMMIT[after], after, service.other(source))
-        controller.kill()
+        service.kill_in(controller, FROM_COMMIT[after], after, service.other(source))
+        if service.role(source) == "primary":  # dead before it could ask for the commit
+            client.wait_for_commits(20, limit_seconds=MAX_DOWNTIME_SECONDS + 240)
         service.finish_the_handover(source, tmp_path / "third.log")
         client.wait_for_commits(20)
         service.judge(client)
