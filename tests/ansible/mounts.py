@@ -79,7 +79,8 @@ class MountWatch:
         self.lab.ssh(host, "cat > /run/mount-watch.py", input_text=WATCH.format(device=self.devices[host]))
         self.lab.ssh(
             host,
-            "systemctl reset-failed mount-watch 2>/dev/null; : > /run/mount-watch.log; "
+            "systemctl stop mount-watch 2>/dev/null; systemctl reset-failed mount-watch 2>/dev/null; "
+            ": > /run/mount-watch.log; "
             "systemd-run --quiet --unit=mount-watch python3 /run/mount-watch.py",
         )
 
