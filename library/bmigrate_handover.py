@@ -64,7 +64,7 @@ options:
         description: A step that needs no more than the run id.
         type: str
         required: true
-        choices: [drain, start]
+        choices: [converge, drain, start]
       expect:
         description: Phase that the handover must be in then.
         type: str
@@ -292,7 +292,7 @@ def main() -> None:
                 "elements": "dict",
                 "default": [],
                 "options": {
-                    "step": {"type": "str", "required": True, "choices": ["drain", "start"]},
+                    "step": {"type": "str", "required": True, "choices": ["converge", "drain", "start"]},
                     "expect": {"type": "str", "required": True},
                 },
             },

@@ -35,8 +35,8 @@ IDS_PER_CLIENT = 1_000_000
 SERVICE = "postgresql@15-main.service"
 
 BEFORE_COMMIT = {
-    "begin": "Open the handover on the source",
-    "converge": "Wait until the drain will be short",
+    "begin": "Open the handover on the source and wait until the drain will be short",
+    "converge": "Open the handover on the source and wait until the drain will be short",
     "quiesce": "Stop the workload on the source, hold its devices and ship what is left",
     "drain": "Stop the workload on the source, hold its devices and ship what is left",
     "prepare": "Let the target note the candidate",
@@ -52,7 +52,7 @@ FROM_COMMIT = {
 #: to die before the commit must do so sooner than a host can be reached twice.
 LATEST_BEFORE_SECONDS, LATEST_FROM_SECONDS = 2.5, 6.0
 #: The second step of a task: it has begun when one of these phases is on the host's disk.
-SECOND = {"drain": "quiesced|drained", "start": "promoted|started"}
+SECOND = {"converge": "begun", "drain": "quiesced|drained", "start": "promoted|started"}
 
 
 class Service:
