@@ -16,7 +16,7 @@ from lab import Lab
 from lab.disks import disk_by_number
 from tests.ansible.playbooks import play
 
-pytestmark = pytest.mark.ansible
+pytestmark = [pytest.mark.ansible, pytest.mark.timeout(3000)]
 WORKLOAD, DISK = "fault", 2
 PIECE_BYTES, PIECES = 64 << 10, 24
 
