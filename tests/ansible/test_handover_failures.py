@@ -30,7 +30,7 @@ from tests.ansible.playbooks import install_once, play
 pytestmark = [pytest.mark.ansible, pytest.mark.timeout(1500)]
 
 WORKLOAD = "pgdemo"
-MAX_DOWNTIME_SECONDS = 60
+MAX_DOWNTIME_SECONDS = 120
 IDS_PER_CLIENT = 1_000_000
 SERVICE = "postgresql@15-main.service"
 
