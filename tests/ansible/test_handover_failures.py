@@ -51,6 +51,13 @@ FROM_COMMIT = {
 #: A kill comes up to so many seconds after its task has begun: before, in or after what the host does in it. What is
 #: to die before the commit must do so sooner than a host can be reached twice.
 LATEST_BEFORE_SECONDS, LATEST_FROM_SECONDS = 2.5, 6.0
+#: Has breqd take the first block of the volume for dirty.
+MARK = """
+import sys
+sys.path.insert(0, "/usr/lib/bmigrate/bmigrate.pyz")
+from bmigrate.common import paths, rpc
+rpc.call(paths.breqd_socket(), "mark", workload="pgdemo", volume="pgdata", extents=[[0, 4096]], reason="test")
+"""
 #: The second step of a task: it has begun when one of these phases is on the host's disk.
 SECOND = {"converge": "begun", "drain": "quiesced|drained", "start": "promoted|started"}
 
@@ -258,9 +265,11 @@ def test_a_digest_that_does_not_match_is_found_before_the_commit(service: Servic
         controller = service.failover(tmp_path / "failover.log")
         service.wait_for_phase(controller, BEFORE_COMMIT["drain"], "drain", source)
         wait(lambda: _draining(service, source), 120, "the drain to begin", 0.1)
-        # The unmount wrote the superblock, so block 0 is in every drain; its first KiB is not ext4's.
+        # Nothing may be left for the drain. Block 0 is, when it is marked in the first of the delays; what is
+        # flipped in the second one, after it was shipped, is in its first KiB, which is not ext4's.
+        service.lab.ssh(source, "python3 -", input_text=MARK)
         flip = f"dd if=/dev/urandom of={device} bs=512 count=1 oflag=direct conv=notrunc,fsync status=none"
-        service.lab.ssh(target, f"for i in 1 2 3 4 5 6 7 8; do {flip}; sleep 1; done")
+        service.lab.ssh(target, f"for i in $(seq 20); do {flip}; sleep 1; done")
         assert controller.finish() != 0, controller.output()[-4000:]
         assert "read back something else" in controller.output(), controller.output()[-4000:]
         client.wait_for_commits(20, limit_seconds=MAX_DOWNTIME_SECONDS + 240)
