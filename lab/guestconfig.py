@@ -37,6 +37,7 @@ def archive(vm: str, machine_id: str, host_key: bytes, host_key_public: bytes, a
         host_key, host_key_public: the ed25519 host key that the lab pins.
         authorized: the public key that may log in as root.
     """
+    # Paths are those of the guest, below the /config of its initramfs; /root is root's home there.
     hosts = "127.0.0.1 localhost\n" + "".join(f"{lan_address(name)} {name}\n" for name in VM_NAMES)
     index = VM_NAMES.index(vm) + 1
     private, directory = 0o600, initramfs.Entry("config/root/.ssh", 0o040700)

@@ -158,8 +158,8 @@ class Service:
             wait(lambda name=name: not self.is_stepping(name), 300, f"{name} to end its step", 0.5)  # type: ignore[misc]
 
     def is_stepping(self, host: str) -> bool:
-        """Whether a module of Ansible's, or a step, is running on a host."""
-        look = "pgrep -fx /usr/bin/python3 || pgrep -f 'bmigrate handover'"
+        """Whether a module of Ansible's, or a step, is running on a host (the shell that asks is neither)."""
+        look = "pgrep -fx /usr/bin/python3 || pgrep -f '[b]migrate handover'"
         return self.lab.ssh(host, f"bash -c {shlex.quote(look)}", check=False).returncode == 0
 
     def is_open(self) -> bool:
