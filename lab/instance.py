@@ -216,7 +216,8 @@ class Lab:
             else:
                 self.kill(guest.name)
         if not keep:
-            shutil.rmtree(self.directory)
+            # An ssh master that was told to exit takes its socket away in its own time.
+            shutil.rmtree(self.directory, onerror=_gone_is_removed)
 
     @staticmethod
     def prune() -> list[Path]:
@@ -419,6 +420,11 @@ def _banner(port: int, limit_seconds: float = 5) -> bool:
             return conn.recv(4) == b"SSH-"
     except OSError:
         return False
+
+
+def _gone_is_removed(_function: object, _path: str, failure: tuple[Any, BaseException, Any]) -> None:
+    if not isinstance(failure[1], FileNotFoundError):
+        raise failure[1]
 
 
 def _new_key(path: Path, comment: str) -> None:

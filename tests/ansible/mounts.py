@@ -2,26 +2,35 @@
 """Watches, all along, on which hosts a volume is mounted: a small loop in each guest, judged on the host.
 
 Promises: every span in which a guest had the volume mounted is found, to a tenth of a second, on one
-clock; ``together`` is pure. Must never mount or unmount anything.
+clock, also when the guest loses its power later: what it saw is sent here at once. ``together`` is
+pure. Must never mount or unmount anything.
 """
 
 from __future__ import annotations
 
+import subprocess
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
-from lab import Lab
+from lab import Lab, wait
 
+#: Samples ten times a second; says what it saw when that changes, and once a second.
 WATCH = """
 import os, time
-log = open("/run/mount-watch.log", "a", buffering=1)
-last = None
+last, told = None, 0.0
 while True:
+    at = time.time()
     number = os.stat("{device}").st_rdev
     wanted = f"{{os.major(number)}}:{{os.minor(number)}}"
     with open("/proc/1/mountinfo") as mounts:
-        now = any(line.split()[2] == wanted for line in mounts)
-    log.write(f"{{time.time():.3f}} {{int(now)}}\\n")
+        now = int(any(line.split()[2] == wanted for line in mounts))
+    if last is not None and last[1] != now:
+        print(f"{{last[0]:.3f}} {{last[1]}}", flush=True)
+    if last is None or last[1] != now or at - told >= 1:
+        print(f"{{at:.3f}} {{now}}", flush=True)
+        told = at
+    last = at, now
     time.sleep(0.1)
 """
 
@@ -65,39 +74,62 @@ def together(all_spans: list[Span], clock_error: float) -> list[tuple[Span, Span
     ]
 
 
-class MountWatch:
-    """Both guests' watchers. A guest that was off has to be watched again with ``start``."""
+@dataclass
+class _Watcher:
+    process: subprocess.Popen[bytes]
+    log: Path
+    offset: float
 
-    def __init__(self, lab: Lab, devices: dict[str, str]) -> None:
+
+class MountWatch:
+    """Both guests' watchers, their samples kept below ``directory``.
+
+    A guest that was off has to be watched again with ``start``.
+    """
+
+    def __init__(self, lab: Lab, devices: dict[str, str], directory: Path) -> None:
         self.lab = lab
         self.devices = devices
-        self._spans: list[Span] = []
+        self.directory = directory
+        self._watchers: dict[str, list[_Watcher]] = {name: [] for name in devices}
         self._clock_error = 0.2  # two samples
 
     def start(self, host: str) -> None:
-        """Begin, or begin again after a boot."""
-        self.lab.ssh(host, "cat > /run/mount-watch.py", input_text=WATCH.format(device=self.devices[host]))
-        self.lab.ssh(
-            host,
-            "systemctl stop mount-watch 2>/dev/null; systemctl reset-failed mount-watch 2>/dev/null; "
-            ": > /run/mount-watch.log; "
-            "systemd-run --quiet --unit=mount-watch python3 /run/mount-watch.py",
-        )
-
-    def collect(self, host: str) -> int:
-        """End the watcher of a host and take its log; returns the number of samples."""
+        """Begin, or begin again after a boot; returns when the first sample is here."""
         began = time.time()
-        text = self.lab.ssh(host, "systemctl stop mount-watch; date +%s.%N; cat /run/mount-watch.log").stdout
+        clock = float(self.lab.ssh(host, "date +%s.%N").stdout)
         ended = time.time()
-        clock, *lines = text.splitlines()
         self._clock_error = max(self._clock_error, ended - began)
-        self._spans += spans(host, lines, (began + ended) / 2 - float(clock))
-        return len(lines)
+        log = self.directory / f"mounts-{host}-{len(self._watchers[host])}"
+        program = self.directory / f"watch-{host}.py"
+        program.write_text(WATCH.format(device=self.devices[host]))
+        # A connection of its own; ssh takes options after the name, too.
+        argv = [*self.lab.ssh_argv(host), "-o", "ControlPath=none", "python3 -u -"]
+        with log.open("wb") as out, program.open("rb") as text:
+            process = subprocess.Popen(argv, stdin=text, stdout=out, start_new_session=True)
+        self._watchers[host].append(_Watcher(process, log, (began + ended) / 2 - clock))
+        wait(lambda: log.stat().st_size > 0 or process.poll() is not None, 120, f"the watcher of {host}", 0.1)
+        assert process.poll() is None, f"the watcher of {host} ended at once"
+
+    def stop(self) -> None:
+        """End the watchers."""
+        for watchers in self._watchers.values():
+            for watcher in watchers:
+                watcher.process.terminate()
+                watcher.process.wait(timeout=60)
+
+    def is_watched(self, host: str) -> bool:
+        """Whether the newest watcher of a host still samples."""
+        return self._watchers[host][-1].process.poll() is None
+
+    def spans_of(self, host: str) -> list[Span]:
+        """When a host had the volume mounted, up to now."""
+        return [
+            span
+            for watcher in self._watchers[host]
+            for span in spans(host, watcher.log.read_text().splitlines(), watcher.offset)
+        ]
 
     def overlaps(self) -> list[tuple[Span, Span]]:
         """Moments at which two hosts had the volume mounted; must be empty."""
-        return together(self._spans, self._clock_error)
-
-    def spans_of(self, host: str) -> list[Span]:
-        """What was collected for a host."""
-        return [span for span in self._spans if span.host == host]
+        return together([span for host in self._watchers for span in self.spans_of(host)], self._clock_error)

@@ -69,7 +69,7 @@ class Service:
         self.lab = lab
         self.directory = directory
         self.cluster = Cluster(lab)
-        self.watch = MountWatch(lab, {name: disk_by_number(1).guest_path(name) for name in lab.vms})
+        self.watch = MountWatch(lab, {name: disk_by_number(1).guest_path(name) for name in lab.vms}, directory)
         self.clients = 0
         self.events: list[dict[str, object]] = []
         self.first_id = 1
@@ -182,12 +182,15 @@ class Service:
 @pytest.fixture(scope="module")
 def service(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     made = Service(lab, tmp_path_factory.mktemp("clients"))
-    made.deploy()
-    yield made
-    for host in lab.vms:
-        assert made.watch.collect(host) > 0
-        assert made.watch.spans_of(host), f"{host} never had the volume mounted: nothing was shown"
-    assert made.watch.overlaps() == []
+    try:
+        made.deploy()
+        yield made
+        for host in lab.vms:
+            assert made.watch.is_watched(host)
+            assert made.watch.spans_of(host), f"{host} never had the volume mounted: nothing was shown"
+        assert made.watch.overlaps() == []
+    finally:
+        made.watch.stop()
 
 
 PAIRS = [
