@@ -43,7 +43,7 @@ def pytest_runtest_makereport(
         box = Lab(LAB_NAME)
         for name in box.vms:
             try:
-                report.sections.append((f"console of {name}", box.console(name, 25)))
+                report.sections.append((f"console of {name}", box.console(name, 8)))
             except LabError as error:
                 report.sections.append((f"console of {name}", str(error)))
     return report

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from lab import Lab
-from tests.vm.kernel_bench import Bench
+from tests.vm.kernel_bench import Bench, bench_of
 
 pytestmark = pytest.mark.vm
 PROGRAM = '''
@@ -53,12 +53,8 @@ print(json.dumps({"first_seconds": first, "took_seconds": took, "ranges": found}
 @pytest.fixture
 def bench(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A host with the modules under test."""
-    made = Bench(lab, tmp_path_factory.mktemp("kernel"))
-    try:
-        made.set_up()
+    with bench_of(lab, tmp_path_factory.mktemp("kernel")) as made:
         yield made
-    finally:
-        made.tear_down()
 
 
 def test_no_record_before_the_write_is_complete(bench: Bench) -> None:

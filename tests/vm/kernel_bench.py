@@ -15,6 +15,8 @@ import shlex
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +175,14 @@ class Bench:
     def drop_device(self, kind: str) -> None:
         """Take it away."""
         self.python("-m", DEVICES, "drop", kind)
+
+
+@contextmanager
+def bench_of(lab: Lab, scratch: Path) -> Iterator[Bench]:
+    """The host with the modules under test for a while; afterwards with what was deployed there."""
+    made = Bench(lab, scratch)
+    try:
+        made.set_up()
+        yield made
+    finally:
+        made.tear_down()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lab import Lab
-from tests.vm.kernel_bench import DIRECTORY, DISK, Bench, build, unpack
+from tests.vm.kernel_bench import DIRECTORY, DISK, Bench, bench_of, build, unpack
 
 pytestmark = pytest.mark.vm
 SEED = int(os.environ.get("BMIGRATE_SEED", "20260702"))
@@ -23,12 +23,8 @@ SEED = int(os.environ.get("BMIGRATE_SEED", "20260702"))
 @pytest.fixture(scope="module")
 def bench(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A host with the modules under test."""
-    made = Bench(lab, tmp_path_factory.mktemp("kernel"))
-    try:
-        made.set_up()
+    with bench_of(lab, tmp_path_factory.mktemp("kernel")) as made:
         yield made
-    finally:
-        made.tear_down()
 
 
 def complete(result: dict[str, Any]) -> None:
