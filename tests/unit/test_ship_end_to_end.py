@@ -372,6 +372,17 @@ def test_converge_answers_with_the_prediction_or_the_reason(world: World) -> Non
     assert caught.value.reason == "not_converging" and "predicted drain" in caught.value.message
 
 
+def test_an_idle_workload_converges_after_a_stall(world: World) -> None:
+    """Slow acknowledgements of before rule no prediction for ever: while nothing is written the link is measured."""
+    engine = world.engine()
+    world.until(engine, "in_step")
+    for _ in range(5):
+        engine.ship_rate.round_trip(70.0)
+    assert (engine.predicted(engine.snapshot) or 0) >= 70.0
+    answer = world.job(engine, "converge", run_id="r", max_drain_seconds=5.0)
+    assert answer["predicted_drain_seconds"] <= 5.0
+
+
 def test_bandwidth_limit_holds_and_a_drain_ignores_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """2 MiB/s for the seed; the drain, with the workload down, does not wait for it."""
     limits = Limits(bandwidth_bytes_per_second=2 * MIB)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import statistics
 from typing import Any
 
 import pytest
@@ -262,6 +263,28 @@ def test_ship_rate_is_measured_from_busy_time_only() -> None:
     rate.durable(4096, 7200.1, idle=True)
     assert rate.bytes_per_second == pytest.approx(2 << 20), "a small batch says something about latency only"
     assert rate.latency_seconds == pytest.approx(0.1)
+
+
+def test_what_was_compared_by_checksum_says_nothing_about_a_drain() -> None:
+    """A minute of hashing with one small block sent is no latency of a minute."""
+    rate = rates.ShipRate()
+    rate.sent(0.0)
+    rate.durable(4096, 0.1, idle=True)
+    rate.sent(1.0)
+    rate.void()
+    rate.durable(4096, 61.0, idle=True)
+    assert rate.latency_seconds == pytest.approx(0.1)
+    assert rate.bytes_per_second == pytest.approx(40960)
+
+
+@given(st.lists(st.floats(0.001, 0.01), min_size=3, max_size=3), st.lists(st.floats(1, 1e4), min_size=2, max_size=2))
+def test_two_stalls_among_five_do_not_rule_the_latency(quick: list[float], stalls: list[float]) -> None:
+    """In whatever order they came."""
+    for at in (0, 1, 3):
+        rate = rates.ShipRate()
+        for seconds in [*quick[:at], *stalls, *quick[at:]]:
+            rate.round_trip(seconds)
+        assert rate.latency_seconds == statistics.median([*quick, *stalls]) <= 0.01
 
 
 def test_dirty_rate_begins_anew_with_another_attachment() -> None:

@@ -258,6 +258,9 @@ class Engine(threading.Thread):
                 self._pass(session, before)
             else:
                 self._passed(PassResult(), before, before)
+                if (self.predicted(before) or 0.0) > self.config.limits.max_drain_seconds:
+                    # Slow once is not slow for ever, and without writes nothing else would show it.
+                    session.measure_latency()
             self._judge_converging()
             if self.trend.caught_up:
                 quiet = IDLE_INTERVAL_SECONDS if not before.left_bytes else IN_STEP_INTERVAL_SECONDS

@@ -9,8 +9,13 @@ measured yet is None, never a guess.
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
+
 FULL_SAMPLE_BYTES = 512 * 1024
 """A busy period must move that much before it says anything about bandwidth rather than latency."""
+LATENCY_SAMPLES = 5
+"""The median of so many is the latency: one batch that met a stall must not rule over an idle workload for hours."""
 
 
 class Average:
@@ -58,13 +63,15 @@ class DirtyRate:
 class ShipRate:
     """Bytes per second that become durable on the standby while something is under way.
 
-    ``sent(now)`` when a claim has left; ``durable(bytes, now, idle)`` for each acknowledgement.
+    ``sent(now)`` when a claim has left; ``durable(bytes, now, idle)`` for each acknowledgement;
+    ``void()`` instead when the claim was compared by checksum: its time is that of the hashing;
+    ``round_trip(seconds)`` for a SYNC with nothing before it.
     """
 
     def __init__(self, half_life_seconds: float = 3.0) -> None:
         self._average = Average(half_life_seconds)
         self._best_small: float | None = None
-        self.latency_seconds: float | None = None
+        self._latencies: deque[float] = deque(maxlen=LATENCY_SAMPLES)
         self._busy_since: float | None = None
         self._bytes = 0
 
@@ -85,10 +92,22 @@ class ShipRate:
             self._busy_since, self._bytes = now, 0
         elif idle and seconds > 0 and self._bytes:
             self._best_small = max(self._best_small or 0.0, self._bytes / seconds)
-            old = self.latency_seconds
-            self.latency_seconds = seconds if old is None else old * 0.8 + seconds * 0.2
+            self._latencies.append(seconds)
         if idle:
             self._busy_since = None
+
+    def void(self) -> None:
+        """What is under way says nothing about a drain."""
+        self._busy_since = None
+
+    def round_trip(self, seconds: float) -> None:
+        """How long the standby took to answer an empty SYNC."""
+        self._latencies.append(seconds)
+
+    @property
+    def latency_seconds(self) -> float | None:
+        """How long a small batch takes to become durable, or None before the first one."""
+        return statistics.median(self._latencies) if self._latencies else None
 
     @property
     def bytes_per_second(self) -> float | None:

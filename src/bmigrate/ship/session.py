@@ -272,6 +272,14 @@ class Session:
                 "acknowledgement",
             )
 
+    def measure_latency(self) -> None:
+        """An empty SYNC and its answer, for the rate; call when nothing is under way."""
+        began = time.monotonic()
+        number = self.sync()
+        with self._cond:
+            self._wait(lambda: self._window.last_ack >= number, ANSWER_SECONDS, "acknowledgement")
+            self.rate.round_trip(time.monotonic() - began)
+
     @property
     def in_flight_claims(self) -> int:
         """Claims between sent and cleared."""
@@ -387,7 +395,10 @@ class Session:
                     with self._cond:
                         self._window.released(claim)
                         idle = not self._window.in_flight_claims
-                        self.rate.durable(claim.data_bytes, time.monotonic(), idle)
+                        if claim.same_bytes:
+                            self.rate.void()
+                        else:
+                            self.rate.durable(claim.data_bytes, time.monotonic(), idle)
                         self._cond.notify_all()
                 with self._cond:
                     self._cond.notify_all()
