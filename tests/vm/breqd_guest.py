@@ -163,6 +163,8 @@ class Trial:
                 for offset, length in taken["extents"]:
                     self.replica[offset : offset + length] = self.device.read(offset, length)
                 if victim is not None and made == claims:
+                    if self.result["kills"] % 2:  # else whatever the writer happens to hit
+                        self.write_again(taken["extents"])
                     status = self.status() or {}
                     self.result["redirtied_claimed_blocks"] += status["redirtied_claimed_blocks"]
                     self.result["outstanding_at_kills"] += status["claims_outstanding"]
@@ -170,6 +172,13 @@ class Trial:
                     break
                 self.call(client, "ack", claim=taken["claim"])
         return made
+
+    def write_again(self, extents: list[list[int]]) -> None:
+        """Write to a block that is claimed and was read already, and wait until breqd knows."""
+        sector = mmap.mmap(-1, 512)
+        sector.write(os.urandom(512))
+        os.pwritev(self.device.fd, [sector], extents[0][0])
+        wait(lambda: (self.status() or {}).get("redirtied_claimed_blocks"), "the claimed block to be dirty again")
 
     def kill(self, number: int) -> None:
         """Signal breqd's main process."""
