@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Build build/bmigrate.pyz, the one file that carries all programs to the hosts.
 
-Reproducible: the same sources give the same bytes (sorted names, fixed time stamp, fixed modes, no
-byte code), so that a second install reports no change. Only the standard library is used.
+Reproducible: the same sources and the same Python give the same bytes (sorted names, fixed time
+stamp, fixed modes), so that a second install reports no change. Byte code is in it beside the source,
+because a zipapp cannot cache its own, and a step of a handover is a new process: a host whose Python
+has another byte code takes the source. Only the standard library is used.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import py_compile
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -27,6 +31,23 @@ sys.exit(main())
 """
 
 
+def byte_code(path: Path, name: str) -> bytes:
+    """The byte code of a source file, never checked against it: both travel in one archive.
+
+    Args:
+        name: what a traceback calls the file.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        compiled = py_compile.compile(
+            str(path),
+            os.path.join(directory, "code"),
+            dfile=name,
+            doraise=True,
+            invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+        )
+        return Path(str(compiled)).read_bytes()
+
+
 def build(source: Path, target: Path) -> str:
     """Write the zipapp and return its SHA-256; the file is replaced only when its content differs."""
     temporary = target.with_name(target.name + ".new")
@@ -35,10 +56,9 @@ def build(source: Path, target: Path) -> str:
         stream.write(SHEBANG)
         with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
             members = [("__main__.py", MAIN)]
-            members += [
-                (path.relative_to(source).as_posix(), path.read_bytes())
-                for path in sorted((source / "bmigrate").rglob("*.py"))
-            ]
+            for path in sorted((source / "bmigrate").rglob("*.py")):
+                name = path.relative_to(source).as_posix()
+                members += [(name, path.read_bytes()), (name + "c", byte_code(path, name))]
             for name, content in members:
                 info = zipfile.ZipInfo(name, TIME_STAMP)
                 info.compress_type = zipfile.ZIP_DEFLATED
