@@ -25,7 +25,7 @@ demo: setup ## boot two VMs, move a live PostgreSQL there and back, print the ev
 BARE := tests/vm/test_kernel_modules.py
 TESTS := tests/unit tests/contract $(BARE) tests/ansible $(filter-out $(BARE),$(sort $(wildcard tests/vm/test_*.py)))
 test: setup lint module ## lint, kernel build, then unit, contract, Ansible and VM tests
-	$(PYTEST) --durations=20 --tb=short -m "not unproven" $(TESTS)
+	$(PYTEST) --durations=20 --tb=short $(TESTS)
 
 lint: setup ## check style and types of all that is in the repository
 	tools/lint
