@@ -10,11 +10,13 @@ import re
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab import Lab
+from lab import Lab, wait
 from lab.disks import DISKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,3 +129,24 @@ def fingerprint(lab: Lab, host: str) -> dict[str, str]:
         with lab.disk_file(host, disk.number).open("rb") as stream:
             found[f"disk {disk.number}"] = hashlib.file_digest(stream, "sha256").hexdigest()
     return found
+
+
+@contextmanager
+def still(lab: Lab) -> Iterator[dict[str, dict[str, str]]]:
+    """Hosts on which nothing writes: the databases frozen, what they wrote shipped. Yields their fingerprints."""
+    units = "systemctl list-units --no-legend --plain --state=running 'postgresql@*' | awk '{print $1}'"
+    for host in lab.vms:
+        lab.ssh(host, f"for unit in $({units}); do systemctl freeze $unit; done; sync")
+    try:
+        found = {host: fingerprint(lab, host) for host in lab.vms}
+
+        def settled() -> bool:
+            nonlocal found
+            before, found = found, {host: fingerprint(lab, host) for host in lab.vms}
+            return before == found
+
+        wait(settled, 300, "the hosts to be still", 0.0)
+        yield found
+    finally:
+        for host in lab.vms:
+            lab.ssh(host, f"for unit in $({units}); do systemctl thaw $unit; done")

@@ -24,6 +24,7 @@ from tests.ansible.playbooks import (
     is_installed,
     note_installed,
     play,
+    still,
 )
 
 pytestmark = pytest.mark.ansible
@@ -121,13 +122,14 @@ def test_sync_without_waiting_and_with(awx: Awx) -> None:
 
 
 def test_check_mode_predicts_and_changes_nothing(awx: Awx, lab: Lab) -> None:
-    before = {host: fingerprint(lab, host) for host in lab.vms}
-    run = play(lab, "failover.yml", "--check", bmigrate_confirm=WORKLOAD)
+    with still(lab) as before:
+        run = play(lab, "failover.yml", "--check", bmigrate_confirm=WORKLOAD)
+        after = {host: fingerprint(lab, host) for host in lab.vms}
     assert run.returncode == 0, run.output
     assert "blockers: none" in run.output and "from alpha to beta" in run.output, run.output
     assert "predicted downtime: not known" not in run.output and "predicted downtime:" in run.output
     assert "lag: not known" not in run.output
-    assert {host: fingerprint(lab, host) for host in lab.vms} == before
+    assert after == before
 
 
 def test_failover_leaves_its_verdict_as_an_artifact(awx: Awx, lab: Lab) -> None:
