@@ -65,6 +65,19 @@ def test_a_good_configuration_names_the_peer_and_the_devices() -> None:
         parsed.device("other")
 
 
+@pytest.mark.parametrize(
+    ("limits", "seconds"),
+    [
+        ({}, 80.0),
+        ({"max_downtime_seconds": 30}, 20.0),
+        ({"max_downtime_seconds": 30, "restart_seconds": 5}, 25.0),
+    ],
+)
+def test_the_dead_man_fires_so_early_that_the_restart_fits_in(limits: dict[str, int], seconds: float) -> None:
+    config.validate({**good_config(), "limits": limits}, "pg.yml")
+    assert config.parse({**good_config(), "limits": limits}).limits.dead_man_seconds == pytest.approx(seconds)
+
+
 @given(st.lists(st.dictionaries(st.text(max_size=5), st.integers()), max_size=5), st.integers(1, 7))
 def test_messages_survive_any_cut_of_the_stream(messages: list[dict[str, int]], step: int) -> None:
     data = b"".join(rpc.encode(message) for message in messages)

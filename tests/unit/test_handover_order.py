@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from bmigrate.cli import handover as cli
 from bmigrate.common.errors import BmigrateError, PhaseError, RefusedError, RolledBackError
 from bmigrate.handover import machine
+from bmigrate.handover.store import Store
 from tests.unit.handover_world import Machine, World, changed_config
 
 RUN = "r1"
@@ -405,3 +407,12 @@ def test_nobody_but_the_timer_is_needed_to_get_the_service_back() -> None:
             assert world.alpha.dead_man == RUN, f"effect {budget} ({world.trace[-1]}): down, and no timer is armed"
         world.fire_dead_man(world.alpha)
         assert world.alpha.running == {"first.service", "second.service"}, world.trace[-1]
+
+
+def test_the_answer_of_finish_says_what_discover_would(world: World) -> None:
+    """So that the report of a handover needs no further question; every other step leaves it out."""
+    move(world)
+    for host in (world.alpha, world.beta):
+        store = Store(host.disk)
+        assert cli._answer(store, "finish", {})["state"] == host.disk.to_dict()
+        assert "state" not in cli._answer(store, "start", {})
