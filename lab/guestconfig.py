@@ -10,6 +10,8 @@ from lab import initramfs, qemu
 from lab.disks import VM_NAMES
 
 LAN_MTU = 9000
+#: Home of the guest's root; everything below config goes to the same place of its root disk.
+HOME = "config/root"
 
 
 def lan_address(vm: str) -> str:
@@ -37,14 +39,13 @@ def archive(vm: str, machine_id: str, host_key: bytes, host_key_public: bytes, a
         host_key, host_key_public: the ed25519 host key that the lab pins.
         authorized: the public key that may log in as root.
     """
-    # Paths are those of the guest, below the /config of its initramfs; /root is root's home there.
     hosts = "127.0.0.1 localhost\n" + "".join(f"{lan_address(name)} {name}\n" for name in VM_NAMES)
     index = VM_NAMES.index(vm) + 1
-    private, directory = 0o600, initramfs.Entry("config/root/.ssh", 0o040700)
+    private = 0o600
     entries = [
-        initramfs.Entry("config/root", 0o040700),
-        directory,
-        initramfs.regular("config/root/.ssh/authorized_keys", authorized, private),
+        initramfs.Entry(HOME, 0o040700),
+        initramfs.Entry(f"{HOME}/.ssh", 0o040700),
+        initramfs.regular(f"{HOME}/.ssh/authorized_keys", authorized, private),
         initramfs.regular("config/etc/hostname", f"{vm}\n".encode()),
         initramfs.regular("config/etc/hosts", hosts.encode()),
         initramfs.regular("config/etc/machine-id", f"{machine_id}\n".encode(), 0o444),

@@ -83,7 +83,7 @@ def build(root: Path, release: str, init: bytes) -> bytes:
     order = load_order((modules / "modules.dep").read_text(), MODULES)
     names = [PurePosixPath(path).name for path in order]
     entries = [
-        *(directory(name) for name in ("dev", "proc", "sys", "root", "config")),
+        *(directory(name) for name in ("dev", "proc", "sys", "sysroot", "config")),
         regular("bin/busybox", (root / "usr/bin/busybox").read_bytes(), 0o755)
         if (root / "usr/bin/busybox").exists()
         else regular("bin/busybox", (root / "bin/busybox").read_bytes(), 0o755),
