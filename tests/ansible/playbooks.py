@@ -136,7 +136,7 @@ def still(lab: Lab) -> Iterator[dict[str, dict[str, str]]]:
     """Hosts on which nothing writes: the databases frozen, what they wrote shipped. Yields their fingerprints."""
     units = "systemctl list-units --no-legend --plain --state=running 'postgresql@*' | awk '{print $1}'"
     for host in lab.vms:
-        lab.ssh(host, f"for unit in $({units}); do systemctl freeze $unit; done; sync")
+        lab.ssh(host, f"for unit in $({units}); do systemctl freeze $unit || exit; done; sync")
     try:
         found = {host: fingerprint(lab, host) for host in lab.vms}
 
@@ -149,4 +149,4 @@ def still(lab: Lab) -> Iterator[dict[str, dict[str, str]]]:
         yield found
     finally:
         for host in lab.vms:
-            lab.ssh(host, f"for unit in $({units}); do systemctl thaw $unit; done")
+            lab.ssh(host, f"for unit in $({units}); do systemctl thaw $unit || exit; done")
