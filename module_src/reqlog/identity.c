@@ -50,10 +50,13 @@ static int check(struct block_device *bdev, u64 sectors,
 		return refuse(request, REQLOG_REASON_DISKSEQ, -ESTALE);
 	if (is_gone(disk))
 		return refuse(request, REQLOG_REASON_GONE, -ENODEV);
-	if (is_bio_based(disk))
+	if (is_bio_based(disk) && (!(request->flags & REQLOG_ATTACH_BIO) ||
+				   IS_ENABLED(CONFIG_PREEMPT_RT)))
 		return refuse(request, REQLOG_REASON_BIO_BASED, -EOPNOTSUPP);
 	if (bdev_is_zoned(bdev))
 		return refuse(request, REQLOG_REASON_ZONED, -EOPNOTSUPP);
+	if (blk_queue_dax(disk->queue))
+		return refuse(request, REQLOG_REASON_DAX, -EOPNOTSUPP);
 	if (request->sectors != sectors)
 		return refuse(request, REQLOG_REASON_SIZE, -ESTALE);
 	if (!sectors)
@@ -88,6 +91,7 @@ int reqlog_identify(struct reqlog_attachment *att,
 		return err;
 
 	att->partition = bdev_is_partition(bdev);
+	att->bio_based = is_bio_based(disk);
 	att->start = get_start_sect(bdev);
 	att->end = att->start + sectors;
 	att->dev = bdev->bd_dev;

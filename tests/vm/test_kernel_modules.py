@@ -46,6 +46,23 @@ def test_every_changed_sector_is_in_the_log(bench: Bench, workload: str) -> None
     assert result["stats"]["writes"] > 0 and result["stats"]["passthrough"] == 0
 
 
+BIO_BASED = ("brd", "zram", "nvme-head", "dm-linear", "dm-striped", "dm-crypt", "dm-raid1", "dm-origin", "dm-snapshot",
+             "dm-thin", "md-raid0", "md-raid1", "md-raid10")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BIO_BASED)
+def test_every_changed_sector_of_a_bio_based_disk_is_in_the_log(bench: Bench, kind: str) -> None:
+    """Raw operations of all kinds; then ext4 with discard."""
+    device = bench.make_device(kind)
+    try:
+        for number, workload in enumerate(("raw", "ext4-removal")):
+            result = bench.truth(workload, device, SEED + 10 + number)
+            complete(result)
+            assert not result["blind"], result
+    finally:
+        bench.drop_device(kind)
+
+
 def test_overflow_widens_and_never_loses(bench: Bench) -> None:
     bench.ssh("echo 16 > /sys/module/reqlog/parameters/ring_limit")
     try:
@@ -198,7 +215,13 @@ def test_writes_behind_the_known_end_are_recorded(bench: Bench) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "code"),
-    [("brd", "bio_based"), ("zram", "bio_based"), ("dm", "bio_based"), ("nvme-head", "bio_based"), ("zoned", "zoned")],
+    [
+        ("brd", "bio_based"),
+        ("zram", "bio_based"),
+        ("dm-linear", "bio_based"),
+        ("nvme-head", "bio_based"),
+        ("zoned", "zoned"),
+    ],
 )
 def test_what_cannot_be_recorded_is_refused_by_name(bench: Bench, kind: str, code: str) -> None:
     device = bench.make_device(kind)
