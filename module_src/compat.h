@@ -62,6 +62,16 @@ static inline struct gendisk *compat_bio_disk(struct bio *bio)
 #endif
 }
 
+/* Pages may be written to the disk without a bio (swap, ext2, fat). */
+static inline bool compat_has_rw_page(struct gendisk *disk)
+{
+#ifdef HAVE_RW_PAGE
+	return disk->fops->rw_page;
+#else
+	return false;
+#endif
+}
+
 /* What the tracepoint block_bio_queue says before the bio. */
 #ifdef HAVE_BIO_QUEUE_QUEUE
 #define bio_queue_args(bio)	struct request_queue *unused_queue, bio

@@ -55,6 +55,8 @@ static int check(struct block_device *bdev, u64 sectors,
 		return refuse(request, REQLOG_REASON_BIO_BASED, -EOPNOTSUPP);
 	if (bdev_is_zoned(bdev))
 		return refuse(request, REQLOG_REASON_ZONED, -EOPNOTSUPP);
+	if (compat_has_rw_page(disk))
+		return refuse(request, REQLOG_REASON_RW_PAGE, -EOPNOTSUPP);
 	if (blk_queue_dax(disk->queue))
 		return refuse(request, REQLOG_REASON_DAX, -EOPNOTSUPP);
 	if (request->sectors != sectors)

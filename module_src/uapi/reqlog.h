@@ -55,6 +55,7 @@ struct reqlog_record {
 #define REQLOG_REASON_REGION	10	/* region_bytes not usable */
 #define REQLOG_REASON_EMPTY	11	/* the device has no sectors */
 #define REQLOG_REASON_DAX	12	/* can be written past the block layer */
+#define REQLOG_REASON_RW_PAGE	13	/* as can zram and brd before Linux 6.3 */
 
 #define REQLOG_REGION_MIN	4096U
 #define REQLOG_REGION_MAX	0x40000000U

@@ -62,6 +62,7 @@ REASONS = {
     "REGION": "bad_region",
     "EMPTY": "empty",
     "DAX": "dax",
+    "RW_PAGE": "rw_page",
 }
 
 

@@ -46,7 +46,7 @@ def test_every_changed_sector_is_in_the_log(bench: Bench, workload: str) -> None
     assert result["stats"]["writes"] > 0 and result["stats"]["passthrough"] == 0
 
 
-BIO_BASED = ("brd", "zram", "nvme-head", "dm-linear", "dm-striped", "dm-crypt", "dm-raid1", "dm-origin", "dm-snapshot",
+BIO_BASED = ("nvme-head", "dm-linear", "dm-striped", "dm-crypt", "dm-raid1", "dm-origin", "dm-snapshot",
              "dm-thin", "md-raid0", "md-raid1", "md-raid10")  # fmt: skip
 
 
@@ -233,6 +233,22 @@ def test_what_cannot_be_recorded_is_refused_by_name(bench: Bench, kind: str, cod
             "print(error.code, error.errno, os.path.realpath(sys.argv[1]) in str(error) and bool(error.hint))"
         )
         assert bench.python("-c", program, device).stdout.split() == [code, "95", "True"]
+    finally:
+        bench.drop_device(kind)
+
+
+@pytest.mark.parametrize("kind", ["brd", "zram"])
+def test_a_disk_that_can_be_written_without_bios_is_refused(bench: Bench, kind: str) -> None:
+    """By rw_page, which swap and some file systems use before Linux 6.3."""
+    device = bench.make_device(kind)
+    try:
+        program = (
+            "import os, sys\nfrom tests.vm.kernel_guest.cases import refused\n"
+            "from bmigrate.kernel.control import Control\n"
+            "fd = os.open(sys.argv[1], os.O_RDONLY)\n"
+            "print(refused(lambda: Control().attach(fd, bio_based=True)).code)"
+        )
+        assert bench.python("-c", program, device).stdout.split() == ["rw_page"]
     finally:
         bench.drop_device(kind)
 

@@ -215,4 +215,9 @@ REASONS = {
         "the device can be written past the block layer (DAX)",
         "protect a disk without DAX",
     ),
+    13: (
+        "rw_page",
+        "this kernel can write pages to the device without a block request (zram, brd before Linux 6.3)",
+        "protect another device, or use a newer kernel",
+    ),
 }
