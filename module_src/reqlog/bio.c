@@ -18,8 +18,9 @@
  * finds in the two fields and puts it back, as it must for any submitter.
  *
  * A bio that was split is wrapped as a whole (the pieces are its children), one
- * that is submitted again in place (raid0) stays wrapped, and a clone that a
- * driver makes for a lower disk is a bio of its own, traced there.
+ * that is submitted again in place (raid0) stays wrapped and is wrapped once more
+ * if the lower disk is attached, too, and a clone that a driver makes for a lower
+ * disk is a bio of its own, traced there.
  *
  * Chains. bio_chain_endio() may not be called (newer kernels BUG() in it), and it
  * would recurse: each parent of a long zero-out is wrapped, too. What it does is
@@ -68,6 +69,7 @@ struct ending {
 static DEFINE_PER_CPU(struct ending, endings);
 static DEFINE_PER_CPU(long, in_flight);
 static struct tracepoint *bio_queue;
+static struct tracepoint *bio_remap;
 static bio_end_io_t *chain_end_io;
 static mempool_t *wrappers;
 
@@ -80,12 +82,6 @@ static unsigned int context(void)
 	if (compat_in_hardirq())
 		return 2;
 	return in_serving_softirq() ? 1 : 0;
-}
-
-static void unwrap(struct wrapper *wrapper)
-{
-	mempool_free(wrapper, wrappers);
-	this_cpu_dec(in_flight);
 }
 
 /*
@@ -112,8 +108,9 @@ static void end_parent(struct wrapper *wrapper)
 			wrapper = ending->first[level];
 			ending->first[level] = wrapper->next;
 			parent = wrapper->private;
-			unwrap(wrapper);
+			mempool_free(wrapper, wrappers);
 			bio_endio(parent);
+			this_cpu_dec(in_flight);
 		}
 		ending->busy[level] = false;
 	}
@@ -123,23 +120,26 @@ static void end_parent(struct wrapper *wrapper)
 static void wrapped_end_io(struct bio *bio)
 {
 	struct wrapper *wrapper = bio->bi_private;
+	bio_end_io_t *end_io = wrapper->end_io;
 	struct bio *parent;
 
 	reqlog_log_disk(wrapper->disk, wrapper->sector, wrapper->nr_sectors,
 			wrapper->op, !!bio->bi_status);
-	bio->bi_end_io = wrapper->end_io;
+	bio->bi_end_io = end_io;
 	bio->bi_private = wrapper->private;
-	if (wrapper->end_io == chain_end_io) {
+	if (end_io == chain_end_io) {
 		parent = wrapper->private;
-		if (bio->bi_status && !READ_ONCE(parent->bi_status))
-			cmpxchg(&parent->bi_status, 0, bio->bi_status);
+		if (bio->bi_status && !parent->bi_status)
+			parent->bi_status = bio->bi_status;
 		bio_put(bio);
 		end_parent(wrapper);
 		return;
 	}
-	unwrap(wrapper);
-	if (bio->bi_end_io)
-		bio->bi_end_io(bio);
+	mempool_free(wrapper, wrappers);
+	if (end_io)
+		end_io(bio);
+	/* Last: end_io may sleep (newer kernels), and returns to this code. */
+	this_cpu_dec(in_flight);
 }
 
 /*
@@ -153,7 +153,7 @@ static void wrap(struct bio *bio)
 	struct wrapper *wrapper;
 
 	if (!op_is_write(bio_op(bio)) || !nr_sectors ||
-	    !reqlog_is_attached(disk, bio->bi_iter.bi_sector, nr_sectors))
+	    !reqlog_wants_bio(disk, bio->bi_iter.bi_sector, nr_sectors))
 		return;
 	wrapper = mempool_alloc(wrappers, GFP_NOWAIT | __GFP_NOWARN);
 	if (!wrapper) {
@@ -176,10 +176,26 @@ static void probe_bio_queue(void *unused, bio_queue_args(struct bio *bio))
 	wrap(bio);
 }
 
+/*
+ * A driver that submits a bio again in place, for a lower disk (md raid0 and
+ * linear): block_bio_queue does not come a second time, and the lower disk may be
+ * the one that is attached. A bio that has not been queued before is left to the
+ * other probe. For a lower partition this comes twice, first with the sector in
+ * the partition: one record too many.
+ */
+static void probe_bio_remap(void *unused, bio_queue_args(struct bio *bio),
+			    dev_t dev, sector_t from)
+{
+	if (bio_flagged(bio, BIO_TRACE_COMPLETION))
+		wrap(bio);
+}
+
 static void match_bio_tracepoint(struct tracepoint *tp, void *unused)
 {
 	if (!strcmp(tp->name, "block_bio_queue"))
 		bio_queue = tp;
+	if (!strcmp(tp->name, "block_bio_remap"))
+		bio_remap = tp;
 }
 
 /*
@@ -191,10 +207,11 @@ static int prepare(void)
 	struct bio *pair;
 
 	check_trace_callback_type_block_bio_queue(probe_bio_queue);
+	check_trace_callback_type_block_bio_remap(probe_bio_remap);
 	if (wrappers)
 		return 0;
 	for_each_kernel_tracepoint(match_bio_tracepoint, NULL);
-	if (!bio_queue)
+	if (!bio_queue || !bio_remap)
 		return -EOPNOTSUPP;
 	pair = kcalloc(2, sizeof(*pair), GFP_KERNEL);
 	if (!pair)
@@ -228,11 +245,17 @@ int reqlog_bio_start(void)
 		return 0;
 	}
 	err = prepare();
-	if (!err)
-		err = tracepoint_probe_register(bio_queue, probe_bio_queue,
-						NULL);
 	if (err)
 		return err;
+	err = tracepoint_probe_register(bio_queue, probe_bio_queue, NULL);
+	if (err)
+		return err;
+	err = tracepoint_probe_register(bio_remap, probe_bio_remap, NULL);
+	if (err) {
+		tracepoint_probe_unregister(bio_queue, probe_bio_queue, NULL);
+		tracepoint_synchronize_unregister();
+		return err;
+	}
 	users = 1;
 	if (!pinned)
 		__module_get(THIS_MODULE);
@@ -244,6 +267,7 @@ void reqlog_bio_stop(void)
 {
 	if (--users)
 		return;
+	tracepoint_probe_unregister(bio_remap, probe_bio_remap, NULL);
 	tracepoint_probe_unregister(bio_queue, probe_bio_queue, NULL);
 	tracepoint_synchronize_unregister();
 }
@@ -260,7 +284,7 @@ void reqlog_bio_reap(void)
 /*
  * At unload, with nothing in flight: the last ones may still be between their
  * decrement and their return. They are in no interrupt after the first grace
- * period, and in no task after the second, because none sleeps in there.
+ * period, and in no task after the second, because nothing there sleeps.
  */
 void reqlog_bio_exit(void)
 {

@@ -71,6 +71,9 @@ static void describe(struct reqlog_attachment *att, struct reqlog_entry *entry)
 		entry->flags |= REQLOG_ENTRY_PARTITION;
 	if (att->bio_based)
 		entry->flags |= REQLOG_ENTRY_BIO;
+	/* A new table of the device mapper can bring DAX. */
+	if (!att->draining && blk_queue_dax(att->disk->queue))
+		set_bit(REQLOG_MARK_BLIND, &att->marks);
 	if (test_bit(REQLOG_MARK_BLIND, &att->marks))
 		entry->flags |= REQLOG_ENTRY_BLIND;
 	if (test_bit(REQLOG_MARK_BEYOND, &att->marks))

@@ -28,6 +28,15 @@ static bool is_bio_based(struct gendisk *disk)
 	return disk->fops->submit_bio || !queue_is_mq(disk->queue);
 }
 
+/*
+ * A disk of the device mapper hands commands (SG_IO) down to its lower disk, where
+ * nothing tells whom they were for; also one that has requests (multipath).
+ */
+static bool is_stacked(struct gendisk *disk)
+{
+	return is_bio_based(disk) || !strncmp(disk->disk_name, "dm-", 3);
+}
+
 static bool is_gone(struct gendisk *disk)
 {
 	return !device_is_registered(disk_to_dev(disk));
@@ -50,8 +59,8 @@ static int check(struct block_device *bdev, u64 sectors,
 		return refuse(request, REQLOG_REASON_DISKSEQ, -ESTALE);
 	if (is_gone(disk))
 		return refuse(request, REQLOG_REASON_GONE, -ENODEV);
-	if (is_bio_based(disk) && (!(request->flags & REQLOG_ATTACH_BIO) ||
-				   IS_ENABLED(CONFIG_PREEMPT_RT)))
+	if (is_stacked(disk) && (!(request->flags & REQLOG_ATTACH_BIO) ||
+				 IS_ENABLED(CONFIG_PREEMPT_RT)))
 		return refuse(request, REQLOG_REASON_BIO_BASED, -EOPNOTSUPP);
 	if (bdev_is_zoned(bdev))
 		return refuse(request, REQLOG_REASON_ZONED, -EOPNOTSUPP);

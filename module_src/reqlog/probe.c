@@ -143,6 +143,16 @@ static bool passthrough_may_write(struct request *rq)
 	return op_is_write(req_op(rq)) || !blk_rq_bytes(rq);
 }
 
+/*
+ * A command through an nvme multipath head completes on one of its hidden paths.
+ * Which head it was for is not known, so all of the driver's are taken.
+ */
+static bool is_path_of(struct gendisk *disk, struct reqlog_attachment *att)
+{
+	return disk->flags & GENHD_FL_HIDDEN && att->bio_based &&
+	       att->driver == disk->fops->owner;
+}
+
 static void probe_rq_complete(void *unused, struct request *rq,
 			      rq_complete_status_t error, unsigned int nr_bytes)
 {
@@ -161,6 +171,8 @@ static void probe_rq_complete(void *unused, struct request *rq,
 	 */
 	rcu_read_lock();
 	list_for_each_entry_rcu(att, &reqlog_attached, node) {
+		if (passthrough && is_path_of(disk, att))
+			log_all(att, !!error);
 		if (att->disk != disk)
 			continue;
 		if (passthrough)
@@ -171,14 +183,15 @@ static void probe_rq_complete(void *unused, struct request *rq,
 	rcu_read_unlock();
 }
 
-bool reqlog_is_attached(struct gendisk *disk, sector_t sector, u64 nr_sectors)
+bool reqlog_wants_bio(struct gendisk *disk, sector_t sector, u64 nr_sectors)
 {
 	struct reqlog_attachment *att;
 	bool found = false;
 
 	rcu_read_lock();
 	list_for_each_entry_rcu(att, &reqlog_attached, node)
-		found |= att->disk == disk && sector + nr_sectors > att->start &&
+		found |= att->disk == disk && att->bio_based &&
+			 sector + nr_sectors > att->start &&
 			 (!att->partition || sector < att->end);
 	rcu_read_unlock();
 	return found;
@@ -191,9 +204,11 @@ void reqlog_log_disk(struct gendisk *disk, sector_t sector, u64 nr_sectors,
 
 	rcu_read_lock();
 	list_for_each_entry_rcu(att, &reqlog_attached, node)
-		if (att->disk == disk && op == REQLOG_OP_MIXED)
+		if (att->disk != disk || !att->bio_based)
+			continue;
+		if (op == REQLOG_OP_MIXED)
 			log_all(att, failed);
-		else if (att->disk == disk)
+		else
 			log_range(att, sector, nr_sectors, op, failed);
 	rcu_read_unlock();
 }
@@ -204,7 +219,7 @@ void reqlog_blind(struct gendisk *disk)
 
 	rcu_read_lock();
 	list_for_each_entry_rcu(att, &reqlog_attached, node)
-		if (att->disk == disk)
+		if (att->disk == disk && att->bio_based)
 			set_bit(REQLOG_MARK_BLIND, &att->marks);
 	rcu_read_unlock();
 }

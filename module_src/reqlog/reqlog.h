@@ -89,8 +89,8 @@ bool reqlog_disk_gone(const struct reqlog_attachment *att);
 
 /* probe.c */
 u8 reqlog_op(unsigned int op);
-/* Any context. Against all attachments of a disk: a range, and what is not seen. */
-bool reqlog_is_attached(struct gendisk *disk, sector_t sector, u64 nr_sectors);
+/* Any context. The attachments of a bio-based disk: a range, what was not seen. */
+bool reqlog_wants_bio(struct gendisk *disk, sector_t sector, u64 nr_sectors);
 void reqlog_log_disk(struct gendisk *disk, sector_t sector, u64 nr_sectors,
 		     u8 op, bool failed);
 void reqlog_blind(struct gendisk *disk);
