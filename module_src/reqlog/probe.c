@@ -189,10 +189,11 @@ bool reqlog_wants_bio(struct gendisk *disk, sector_t sector, u64 nr_sectors)
 	bool found = false;
 
 	rcu_read_lock();
-	list_for_each_entry_rcu(att, &reqlog_attached, node)
+	list_for_each_entry_rcu(att, &reqlog_attached, node) {
 		found |= att->disk == disk && att->bio_based &&
 			 sector + nr_sectors > att->start &&
 			 (!att->partition || sector < att->end);
+	}
 	rcu_read_unlock();
 	return found;
 }
@@ -203,13 +204,14 @@ void reqlog_log_disk(struct gendisk *disk, sector_t sector, u64 nr_sectors,
 	struct reqlog_attachment *att;
 
 	rcu_read_lock();
-	list_for_each_entry_rcu(att, &reqlog_attached, node)
+	list_for_each_entry_rcu(att, &reqlog_attached, node) {
 		if (att->disk != disk || !att->bio_based)
 			continue;
 		if (op == REQLOG_OP_MIXED)
 			log_all(att, failed);
 		else
 			log_range(att, sector, nr_sectors, op, failed);
+	}
 	rcu_read_unlock();
 }
 
@@ -218,9 +220,10 @@ void reqlog_blind(struct gendisk *disk)
 	struct reqlog_attachment *att;
 
 	rcu_read_lock();
-	list_for_each_entry_rcu(att, &reqlog_attached, node)
+	list_for_each_entry_rcu(att, &reqlog_attached, node) {
 		if (att->disk == disk && att->bio_based)
 			set_bit(REQLOG_MARK_BLIND, &att->marks);
+	}
 	rcu_read_unlock();
 }
 
