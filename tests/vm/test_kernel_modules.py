@@ -63,6 +63,19 @@ def test_every_changed_sector_of_a_bio_based_disk_is_in_the_log(bench: Bench, ki
         bench.drop_device(kind)
 
 
+@pytest.mark.parametrize(("kind", "lower"), [("dm-nested", "kernel-test-one"), ("md-raid0-in-place", "kernel-test-q0")])
+def test_what_is_written_through_an_upper_disk_is_in_the_log_of_the_lower_one(
+    bench: Bench, kind: str, lower: str
+) -> None:
+    upper = bench.make_device(kind)
+    try:
+        result = bench.truth("raw", f"/dev/mapper/{lower}", SEED + 20, "--written", upper)
+        complete(result)
+        assert not result["blind"], result
+    finally:
+        bench.drop_device(kind)
+
+
 def test_overflow_widens_and_never_loses(bench: Bench) -> None:
     bench.ssh("echo 16 > /sys/module/reqlog/parameters/ring_limit")
     try:

@@ -188,6 +188,7 @@ def _thin() -> str:
 def _drop_dm() -> None:
     """The upper ones first."""
     for name in (
+        "upper",
         "thin",
         "pool",
         "meta",
@@ -214,6 +215,19 @@ def _md(level: str) -> str:
     run("mdadm", "--create", "/dev/md/kernel-test", "--run", *arguments)
     run("udevadm", "settle")
     return os.path.realpath("/dev/md/kernel-test")
+
+
+def _md_in_place() -> str:
+    """A raid0 that submits its bios again in place, for its members."""
+    path = _md("0")
+    Path(f"/sys/block/{os.path.basename(path)}/queue/iostats").write_text("0")
+    return path
+
+
+def _nested() -> str:
+    """A volume on kernel-test-one."""
+    one, _ = _halves()
+    return _map("upper", f"0 {HALF // 2} linear {one} 4096")
 
 
 def _drop_md() -> None:
@@ -267,6 +281,8 @@ KINDS: dict[str, tuple[Callable[[], str], Callable[[], None]]] = {
     "dm-snapshot": (lambda: _snapshot()[1], _drop_dm),
     "dm-thin": (_thin, _drop_dm),
     "md-raid0": (lambda: _md("0"), _drop_md),
+    "md-raid0-in-place": (_md_in_place, _drop_md),
+    "dm-nested": (_nested, _drop_dm),
     "md-raid1": (lambda: _md("1"), _drop_md),
     "md-raid10": (lambda: _md("10"), _drop_md),
     "zoned": (_null_zoned, drop_null),
