@@ -58,6 +58,7 @@ def test_every_changed_sector_of_a_bio_based_disk_is_in_the_log(bench: Bench, ki
         for number, workload in enumerate(("raw", "ext4-removal")):
             result = bench.truth(workload, device, SEED + 10 + number)
             complete(result)
+            print(kind, workload, {key: result[key] for key in ("done", "changed", "marked", "records", "stats")})
             assert not result["blind"], result
     finally:
         bench.drop_device(kind)
