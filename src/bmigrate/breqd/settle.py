@@ -39,12 +39,8 @@ def settle(device: str, volume: str, users: Callable[[str], list[str]] = blockde
     Raises:
         RefusedError: reason ``in_use``: it cannot be proved while the device is used like this.
     """
-    try:
-        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    if nobody_has(device):
         return
-    except OSError as exc:
-        if exc.errno != errno.EBUSY:
-            raise
     mounts = blockdev.mounts_of(device)
     others = [text for text in users(device) if not text.startswith("mounted")]
     if not mounts or others:
@@ -56,6 +52,17 @@ def settle(device: str, volume: str, users: Callable[[str], list[str]] = blockde
         )
     process, where = mounts[0].split(": ", 1)
     freeze(f"/proc/{process}/root{where}", volume)
+
+
+def nobody_has(device: str) -> bool:
+    """Whether a block device can be opened exclusively."""
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as exc:
+        if exc.errno != errno.EBUSY:
+            raise
+        return False
+    return True
 
 
 def freeze(directory: str, volume: str) -> None:
