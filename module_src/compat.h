@@ -10,6 +10,7 @@
 #include <linux/blk-mq.h>
 #include <linux/blkdev.h>
 #include <linux/fs.h>
+#include <linux/preempt.h>
 #ifdef HAVE_GENHD_H
 #include <linux/genhd.h>
 #endif
@@ -52,10 +53,42 @@ static inline u64 compat_diskseq(struct gendisk *disk)
 #endif
 }
 
-static inline bool compat_rq_is_write_same(struct request *rq)
+static inline struct gendisk *compat_bio_disk(struct bio *bio)
+{
+#ifdef HAVE_BIO_BDEV
+	return bio->bi_bdev->bd_disk;
+#else
+	return bio->bi_disk;
+#endif
+}
+
+/* Pages may be written to the disk without a bio (swap, ext2, fat). */
+static inline bool compat_has_rw_page(struct gendisk *disk)
+{
+#ifdef HAVE_RW_PAGE
+	return disk->fops->rw_page;
+#else
+	return false;
+#endif
+}
+
+/* What the tracepoint block_bio_queue says before the bio. */
+#ifdef HAVE_BIO_QUEUE_QUEUE
+#define bio_queue_args(bio)	struct request_queue *unused_queue, bio
+#else
+#define bio_queue_args(bio)	bio
+#endif
+
+#ifdef in_hardirq
+#define compat_in_hardirq()	in_hardirq()
+#else
+#define compat_in_hardirq()	in_irq()
+#endif
+
+static inline bool compat_is_write_same(unsigned int op)
 {
 #ifdef HAVE_WRITE_SAME
-	return req_op(rq) == REQ_OP_WRITE_SAME;
+	return op == REQ_OP_WRITE_SAME;
 #else
 	return false;
 #endif

@@ -77,6 +77,7 @@ void reqlog_reap(void)
 	struct reqlog_attachment *att;
 	unsigned int slot;
 
+	reqlog_bio_reap();
 	for (slot = 0; slot < REQLOG_MAX_SLOTS; slot++) {
 		att = reqlog_slot(slot);
 		if (!att || !att->draining ||
@@ -159,6 +160,14 @@ static int publish(struct reqlog_attachment *att, struct reqlog_attach *request)
 		if (err)
 			return err;
 	}
+	if (att->bio_based) {
+		err = reqlog_bio_start();
+		if (err) {
+			if (list_empty(&reqlog_attached))
+				reqlog_probe_stop();
+			return err;
+		}
+	}
 	att->slot = slot;
 	/* slots[] first: the probe's overflow looks the slot up there. */
 	rcu_assign_pointer(slots[slot], att);
@@ -211,6 +220,8 @@ static void retire(struct reqlog_attachment *att)
 	list_del_rcu(&att->node);
 	if (list_empty(&reqlog_attached))
 		reqlog_probe_stop();
+	if (att->bio_based)
+		reqlog_bio_stop();
 	synchronize_rcu();
 	bufflink_mark(reqlog_channel, att->mark);
 	att->draining = true;

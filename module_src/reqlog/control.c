@@ -27,7 +27,7 @@ static long attach(void __user *arg)
 
 	if (copy_from_user(&request, arg, sizeof(request)))
 		return -EFAULT;
-	if (request.reserved || request.reserved2)
+	if (request.flags & ~REQLOG_ATTACH_BIO || request.reserved2)
 		return -EINVAL;
 	request.reason = REQLOG_REASON_NONE;
 	request.id = 0;
@@ -69,6 +69,13 @@ static void describe(struct reqlog_attachment *att, struct reqlog_entry *entry)
 	memcpy(entry->disk, att->disk_name, sizeof(entry->disk));
 	if (att->partition)
 		entry->flags |= REQLOG_ENTRY_PARTITION;
+	if (att->bio_based)
+		entry->flags |= REQLOG_ENTRY_BIO;
+	/* A new table of the device mapper can bring DAX. */
+	if (!att->draining && blk_queue_dax(att->disk->queue))
+		set_bit(REQLOG_MARK_BLIND, &att->marks);
+	if (test_bit(REQLOG_MARK_BLIND, &att->marks))
+		entry->flags |= REQLOG_ENTRY_BLIND;
 	if (test_bit(REQLOG_MARK_BEYOND, &att->marks))
 		entry->flags |= REQLOG_ENTRY_BEYOND;
 	if (att->draining)

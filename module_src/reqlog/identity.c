@@ -28,6 +28,15 @@ static bool is_bio_based(struct gendisk *disk)
 	return disk->fops->submit_bio || !queue_is_mq(disk->queue);
 }
 
+/*
+ * A disk of the device mapper hands commands (SG_IO) down to its lower disk, where
+ * nothing tells whom they were for; also one that has requests (multipath).
+ */
+static bool is_stacked(struct gendisk *disk)
+{
+	return is_bio_based(disk) || !strncmp(disk->disk_name, "dm-", 3);
+}
+
 static bool is_gone(struct gendisk *disk)
 {
 	return !device_is_registered(disk_to_dev(disk));
@@ -50,10 +59,15 @@ static int check(struct block_device *bdev, u64 sectors,
 		return refuse(request, REQLOG_REASON_DISKSEQ, -ESTALE);
 	if (is_gone(disk))
 		return refuse(request, REQLOG_REASON_GONE, -ENODEV);
-	if (is_bio_based(disk))
+	if (is_stacked(disk) && (!(request->flags & REQLOG_ATTACH_BIO) ||
+				 IS_ENABLED(CONFIG_PREEMPT_RT)))
 		return refuse(request, REQLOG_REASON_BIO_BASED, -EOPNOTSUPP);
 	if (bdev_is_zoned(bdev))
 		return refuse(request, REQLOG_REASON_ZONED, -EOPNOTSUPP);
+	if (compat_has_rw_page(disk))
+		return refuse(request, REQLOG_REASON_RW_PAGE, -EOPNOTSUPP);
+	if (blk_queue_dax(disk->queue))
+		return refuse(request, REQLOG_REASON_DAX, -EOPNOTSUPP);
 	if (request->sectors != sectors)
 		return refuse(request, REQLOG_REASON_SIZE, -ESTALE);
 	if (!sectors)
@@ -88,6 +102,7 @@ int reqlog_identify(struct reqlog_attachment *att,
 		return err;
 
 	att->partition = bdev_is_partition(bdev);
+	att->bio_based = is_bio_based(disk);
 	att->start = get_start_sect(bdev);
 	att->end = att->start + sectors;
 	att->dev = bdev->bd_dev;

@@ -111,6 +111,7 @@ static void __exit reqlog_exit(void)
 {
 	reqlog_control_unregister();
 	tracepoint_synchronize_unregister();
+	reqlog_bio_exit();
 	bufflink_destroy(reqlog_channel);
 	reqlog_free_all();
 }

@@ -22,9 +22,9 @@
 
 static struct tracepoint *rq_complete;
 
-static u8 op_of(struct request *rq)
+u8 reqlog_op(unsigned int op)
 {
-	switch (req_op(rq)) {
+	switch (op) {
 	case REQ_OP_WRITE:
 		return REQLOG_OP_WRITE;
 	case REQ_OP_DISCARD:
@@ -36,7 +36,7 @@ static u8 op_of(struct request *rq)
 	default:
 		break;
 	}
-	if (compat_rq_is_write_same(rq))
+	if (compat_is_write_same(op))
 		return REQLOG_OP_WRITE_SAME;
 	return REQLOG_OP_MIXED;
 }
@@ -104,7 +104,7 @@ static void log_bios(struct reqlog_attachment *att, struct request *rq, u8 op,
 static void log_request(struct reqlog_attachment *att, struct request *rq,
 			bool failed, unsigned int nr_bytes)
 {
-	u8 op = op_of(rq);
+	u8 op = reqlog_op(req_op(rq));
 
 	/*
 	 * After an error, and for a completion of "0 bytes", what has reached
@@ -143,6 +143,16 @@ static bool passthrough_may_write(struct request *rq)
 	return op_is_write(req_op(rq)) || !blk_rq_bytes(rq);
 }
 
+/*
+ * A command through an nvme multipath head completes on one of its hidden paths.
+ * Which head it was for is not known, so all of the driver's are taken.
+ */
+static bool is_path_of(struct gendisk *disk, struct reqlog_attachment *att)
+{
+	return disk->flags & GENHD_FL_HIDDEN && att->bio_based &&
+	       att->driver == disk->fops->owner;
+}
+
 static void probe_rq_complete(void *unused, struct request *rq,
 			      rq_complete_status_t error, unsigned int nr_bytes)
 {
@@ -161,6 +171,8 @@ static void probe_rq_complete(void *unused, struct request *rq,
 	 */
 	rcu_read_lock();
 	list_for_each_entry_rcu(att, &reqlog_attached, node) {
+		if (passthrough && is_path_of(disk, att))
+			log_all(att, !!error);
 		if (att->disk != disk)
 			continue;
 		if (passthrough)
@@ -171,7 +183,51 @@ static void probe_rq_complete(void *unused, struct request *rq,
 	rcu_read_unlock();
 }
 
-static void match_tracepoint(struct tracepoint *tp, void *unused)
+bool reqlog_wants_bio(struct gendisk *disk, sector_t sector, u64 nr_sectors)
+{
+	struct reqlog_attachment *att;
+	bool found = false;
+
+	rcu_read_lock();
+	list_for_each_entry_rcu(att, &reqlog_attached, node) {
+		found |= att->disk == disk && att->bio_based &&
+			 sector + nr_sectors > att->start &&
+			 (!att->partition || sector < att->end);
+	}
+	rcu_read_unlock();
+	return found;
+}
+
+void reqlog_log_disk(struct gendisk *disk, sector_t sector, u64 nr_sectors,
+		     u8 op, bool failed)
+{
+	struct reqlog_attachment *att;
+
+	rcu_read_lock();
+	list_for_each_entry_rcu(att, &reqlog_attached, node) {
+		if (att->disk != disk || !att->bio_based)
+			continue;
+		if (op == REQLOG_OP_MIXED)
+			log_all(att, failed);
+		else
+			log_range(att, sector, nr_sectors, op, failed);
+	}
+	rcu_read_unlock();
+}
+
+void reqlog_blind(struct gendisk *disk)
+{
+	struct reqlog_attachment *att;
+
+	rcu_read_lock();
+	list_for_each_entry_rcu(att, &reqlog_attached, node) {
+		if (att->disk == disk && att->bio_based)
+			set_bit(REQLOG_MARK_BLIND, &att->marks);
+	}
+	rcu_read_unlock();
+}
+
+static void match_rq_tracepoint(struct tracepoint *tp, void *unused)
 {
 	if (!strcmp(tp->name, "block_rq_complete"))
 		rq_complete = tp;
@@ -185,7 +241,7 @@ int reqlog_probe_find(void)
 {
 	check_trace_callback_type_block_rq_complete(probe_rq_complete);
 
-	for_each_kernel_tracepoint(match_tracepoint, NULL);
+	for_each_kernel_tracepoint(match_rq_tracepoint, NULL);
 	if (!rq_complete) {
 		pr_err("reqlog: this kernel has no tracepoint block_rq_complete\n");
 		return -ENOENT;

@@ -30,6 +30,7 @@ struct reqlog_counts {
 #define REQLOG_MARK_ALL		0	/* every region */
 #define REQLOG_MARK_ALL_FAILED	1	/* and with an error */
 #define REQLOG_MARK_BEYOND	2	/* ever written behind the end; sticky */
+#define REQLOG_MARK_BLIND	3	/* a bio could not be wrapped; sticky */
 
 struct reqlog_attachment {
 	struct list_head node;		/* in reqlog_attached, RCU */
@@ -40,6 +41,7 @@ struct reqlog_attachment {
 	sector_t start;			/* absolute on the disk */
 	sector_t end;			/* first sector after it */
 	bool partition;
+	bool bio_based;
 	unsigned int slot;
 	unsigned int region_shift;	/* region = sector >> region_shift */
 	unsigned long regions;
@@ -86,9 +88,21 @@ int reqlog_identify(struct reqlog_attachment *att, struct reqlog_attach *request
 bool reqlog_disk_gone(const struct reqlog_attachment *att);
 
 /* probe.c */
+u8 reqlog_op(unsigned int op);
+/* Any context. The attachments of a bio-based disk: a range, what was not seen. */
+bool reqlog_wants_bio(struct gendisk *disk, sector_t sector, u64 nr_sectors);
+void reqlog_log_disk(struct gendisk *disk, sector_t sector, u64 nr_sectors,
+		     u8 op, bool failed);
+void reqlog_blind(struct gendisk *disk);
 int reqlog_probe_find(void);
 int reqlog_probe_start(void);
 void reqlog_probe_stop(void);
+
+/* bio.c; all but exit under reqlog_lock */
+int reqlog_bio_start(void);
+void reqlog_bio_stop(void);
+void reqlog_bio_reap(void);
+void reqlog_bio_exit(void);
 
 /* overflow.c */
 int reqlog_map_alloc(struct reqlog_attachment *att, u32 region_bytes);

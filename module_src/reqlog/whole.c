@@ -5,6 +5,7 @@
  * still compiles alone, and no two may use one static name.
  */
 #include "reqlog/attach.c"
+#include "reqlog/bio.c"
 #include "reqlog/control.c"
 #include "reqlog/identity.c"
 #include "reqlog/main.c"

@@ -47,21 +47,30 @@ struct reqlog_record {
 #define REQLOG_REASON_DEV	2	/* another device number */
 #define REQLOG_REASON_SIZE	3	/* another size */
 #define REQLOG_REASON_DISKSEQ	4	/* another disk under the same number */
-#define REQLOG_REASON_BIO_BASED	5	/* handles bios itself: not supported */
+#define REQLOG_REASON_BIO_BASED	5	/* needs REQLOG_ATTACH_BIO; never with PREEMPT_RT */
 #define REQLOG_REASON_ZONED	6	/* zoned disk: not supported */
 #define REQLOG_REASON_GONE	7	/* the disk is being removed */
 #define REQLOG_REASON_ATTACHED	8	/* slot and id say as what */
 #define REQLOG_REASON_NO_SLOT	9	/* all slots used or not yet drained */
 #define REQLOG_REASON_REGION	10	/* region_bytes not usable */
 #define REQLOG_REASON_EMPTY	11	/* the device has no sectors */
+#define REQLOG_REASON_DAX	12	/* can be written past the block layer */
+#define REQLOG_REASON_RW_PAGE	13	/* as can zram and brd before Linux 6.3 */
 
 #define REQLOG_REGION_MIN	4096U
 #define REQLOG_REGION_MAX	0x40000000U
 #define REQLOG_MAX_REGIONS	0x8000000U	/* per attachment: 32 MiB of map */
 
+/*
+ * Take a bio-based disk (dm, md, zram, brd, nvme multipath head) too. The caller
+ * knows that bios which were queued before ATTACH returned are not recorded, and
+ * makes sure that they are over before it makes a first copy.
+ */
+#define REQLOG_ATTACH_BIO	1
+
 struct reqlog_attach {
 	__s32 fd;		/* in: open file of the block device */
-	__u32 reserved;		/* in: 0 */
+	__u32 flags;		/* in: REQLOG_ATTACH_* */
 	__u32 major;		/* in: what the caller believes it opened */
 	__u32 minor;
 	__u64 sectors;		/* in: its size, 512-byte sectors */
@@ -99,6 +108,8 @@ struct reqlog_entry {
 #define REQLOG_ENTRY_GONE	2	/* disk removed: detach it */
 #define REQLOG_ENTRY_BEYOND	4	/* written behind the known end */
 #define REQLOG_ENTRY_DRAINING	8	/* detached, slot not yet free */
+#define REQLOG_ENTRY_BIO	16	/* of a bio-based disk */
+#define REQLOG_ENTRY_BLIND	32	/* a write was not recorded: compare */
 
 /*
  * Draining entries are listed too. When count is too small the call fails with
@@ -134,7 +145,7 @@ struct reqlog_stats {
 
 #define REQLOG_IOC_ABI		_IOR(REQLOG_IOC, 0, __u32)
 /*
- * EOPNOTSUPP bio-based or zoned, ESTALE other device, size or diskseq, EEXIST
+ * EOPNOTSUPP bio-based, zoned or DAX, ESTALE other device, size or diskseq, EEXIST
  * attached already, ENODEV going away, ENOTBLK, ENOSPC no slot, EINVAL region.
  */
 #define REQLOG_IOC_ATTACH	_IOWR(REQLOG_IOC, 1, struct reqlog_attach)

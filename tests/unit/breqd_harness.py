@@ -191,7 +191,7 @@ class RemoteControl(_Remote):
         super().__init__(path)
         self.call("load")
 
-    def attach(self, fd: int, region_bytes: int, volume: str = "") -> Attachment:
+    def attach(self, fd: int, region_bytes: int, volume: str = "", bio_based: bool = False) -> Attachment:
         """ATTACH."""
         status = os.fstat(fd)
         answer: Attachment = self.call("attach", volume, status.st_size // 512, status.st_ino % 1000, region_bytes)

@@ -69,7 +69,7 @@ def preflight_facts(side: str, **fields: Any) -> dict[str, Any]:
         "logical_block_size": 512,
         "mounted": [],
         "holders": [],
-        "bio_based": None,
+        "untrackable": None,
     }
     healthy: dict[str, Any] = {
         **facts(host, side),
@@ -145,7 +145,7 @@ def test_a_device_that_does_not_fit_blocks(monkeypatch: pytest.MonkeyPatch) -> N
         ({"size_bytes": 1 << 29}, "too_small"),
         ({"logical_block_size": 4096}, "logical_block_size"),
         ({"mounted": ["1: /mnt"]}, "mounted"),
-        ({"bio_based": "device mapper"}, "bio_based"),
+        ({"untrackable": "zoned"}, "untrackable"),
     ):
         peer = preflight_facts("standby")
         peer["volumes"]["data"] = {**peer["volumes"]["data"], **change}

@@ -87,7 +87,7 @@ class FirstRole(Host):
         return {"volumes": []}
 
 
-GOOD = {"size_bytes": 1 << 30, "logical_block_size": 512, "bio_based": None}
+GOOD = {"size_bytes": 1 << 30, "logical_block_size": 512, "untrackable": None}
 SOURCE: dict[str, Any] = {
     "number": 3,
     "id": "g3",
@@ -101,7 +101,7 @@ SOURCE: dict[str, Any] = {
         ({"size_bytes": (1 << 30) - 512}, [], "too_small"),
         ({"logical_block_size": 4096}, [], "logical_block_size"),
         ({"present": False, "problem": "gone", "reason": "device_missing"}, [], "device_missing"),
-        ({"bio_based": "md"}, [], "bio_based"),
+        ({"untrackable": "zoned"}, [], "untrackable"),
         ({}, ["mounted at /mnt (seen by process 1)"], "mounted"),
         ({}, ["vda is part of md0"], "device_busy"),
         ({"contents": ["ext4 (blkid)"]}, [], "foreign_data"),

@@ -44,6 +44,9 @@ CONSTANTS = {
     "REQLOG_ENTRY_GONE": abi.ENTRY_GONE,
     "REQLOG_ENTRY_BEYOND": abi.ENTRY_BEYOND,
     "REQLOG_ENTRY_DRAINING": abi.ENTRY_DRAINING,
+    "REQLOG_ENTRY_BIO": abi.ENTRY_BIO,
+    "REQLOG_ENTRY_BLIND": abi.ENTRY_BLIND,
+    "REQLOG_ATTACH_BIO": abi.ATTACH_BIO,
     **{name: value for name, value in vars(abi).items() if "_IOC_" in name},
 }
 REASONS = {
@@ -58,6 +61,8 @@ REASONS = {
     "NO_SLOT": "no_slot",
     "REGION": "bad_region",
     "EMPTY": "empty",
+    "DAX": "dax",
+    "RW_PAGE": "rw_page",
 }
 
 

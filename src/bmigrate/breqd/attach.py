@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bmigrate.breqd import bitmapfile, cleanflag, placement, track
+from bmigrate.breqd import bitmapfile, cleanflag, placement, settle, track
 from bmigrate.breqd.bitmapfile import BitmapFile
 from bmigrate.breqd.maps import Key
 from bmigrate.breqd.track import Facts, Track, Verdict
@@ -45,6 +45,7 @@ class Attacher:
         Returns:
             what could not be taken over, each an error that names its volume.
         """
+        settle.thaw_leftovers()
         records, damaged = track.load_all()
         problems: list[BmigrateError] = list(damaged)
         wanted = {item.attachment: item for item in records if item.attachment and item.boot_id == blockdev.boot_id()}
@@ -100,7 +101,8 @@ class Attacher:
         region = settings.overflow_region_bytes or DEFAULT_REGION_BYTES
         known = self._load_track(key, mode)
         if entry is None:
-            entry = self._kernel_attach(control, key, device, number, region)
+            # Held for a promotion: the last receiver is gone, and nobody else can write.
+            entry = self._kernel_attach(control, key, device, number, region, held=mode == "promote")
         path = directory / f"{volume}.bitmap"
         try:
             if mode == "resume":
@@ -112,7 +114,9 @@ class Attacher:
                 control.detach(entry.slot, entry.attachment_id)
             raise
 
-    def _kernel_attach(self, control: Control, key: Key, device: str, number: int, region: int) -> Attachment:
+    def _kernel_attach(
+        self, control: Control, key: Key, device: str, number: int, region: int, held: bool
+    ) -> Attachment:
         for other in self.tracker.volumes.values():
             if other.number == number and other.key != key:
                 raise RefusedError(
@@ -123,12 +127,18 @@ class Attacher:
                 control.detach(stale.slot, stale.attachment_id)
         fd = self._open_device(device, number, key[1])
         try:
-            entry = control.attach(fd, region, volume=device)
+            entry = control.attach(fd, region, volume=device, bio_based=True)
         except KernelError as error:
             raise as_refusal(error, key[1]) from error
         finally:
             os.close(fd)
         faults.point("breqd.attached")
+        if entry.bio_based and not held:
+            try:
+                settle.settle(device, key[1])
+            except BaseException:
+                control.detach(entry.slot, entry.attachment_id)
+                raise
         return entry
 
     def _open_device(self, device: str, number: int, volume: str) -> int:

@@ -277,6 +277,8 @@ def events_of(entry: Attachment) -> str:
     """What the kernel says happened to an attachment, in words; empty: nothing."""
     if entry.gone:
         return "the disk was removed"
+    if entry.blind:
+        return "the kernel had no memory to record a write, or the device was given DAX"
     if entry.beyond:
         return "the disk was written behind the end that was known when it was attached"
     return ""

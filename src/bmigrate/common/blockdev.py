@@ -257,7 +257,11 @@ def reread_partitions(fd: int) -> None:
 
 def mounts_of(path: PathLike) -> list[str]:
     """``PID: MOUNTPOINT`` for each mount of the device in any mount namespace of a live process."""
-    number = device_number(path)
+    return mounts_of_number(device_number(path))
+
+
+def mounts_of_number(number: int) -> list[str]:
+    """The same for a device number."""
     wanted = f"{os.major(number)}:{os.minor(number)}"
     seen_namespaces = set()
     found = []

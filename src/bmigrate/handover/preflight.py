@@ -106,10 +106,10 @@ def _host(problems: _Problems, facts: Mapping[str, Any]) -> None:
                 host=host,
                 hint="check 'devices' in the configuration, and ls -l /dev/disk/by-id",
             )
-        elif volume.get("bio_based"):
+        elif volume.get("untrackable"):
             problems.block(
-                "bio_based",
-                f"{volume['path']} is {volume['bio_based']}, which is not supported yet",
+                "untrackable",
+                f"{volume['path']} is {volume['untrackable']}: not all writes could be recorded",
                 volume=name,
                 host=host,
                 hint="use a disk, or a partition of one",

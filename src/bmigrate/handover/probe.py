@@ -40,7 +40,7 @@ def facts(device: str) -> dict[str, Any]:
             logical_block_size=blockdev.logical_block_size(fd),
             identity=blockdev.identity(device),
             scheduler=_scheduler(device),
-            bio_based=bio_based(device),
+            untrackable=untrackable(device),
         )
     finally:
         os.close(fd)
@@ -55,17 +55,25 @@ def _scheduler(device: str) -> str | None:
     return next((word.strip("[]") for word in words if word.startswith("[")), words[0] if words else None)
 
 
-def bio_based(device: str) -> str | None:
-    """The kind of a device that this version cannot track correctly, or None."""
+def untrackable(device: str) -> str | None:
+    """Why the content of a device can change without our seeing it, in words, or None.
+
+    The kernel module looks again at attach; what it cannot see is here: drivers that write to
+    the disk below themselves.
+    """
     disk = blockdev.disk_dir(device)
-    for part, kind in (("dm", "device mapper"), ("md", "md")):
-        if (disk / part).is_dir():
-            return kind
-    for prefix, kind in (("zram", "zram"), ("ram", "brd"), ("bcache", "bcache"), ("drbd", "drbd")):
+    for prefix, kind in (("bcache", "bcache"), ("drbd", "DRBD")):
         if disk.name.startswith(prefix):
-            return kind
-    if disk.name.startswith("nvme") and (disk / "multipath").is_dir():
-        return "nvme multipath head"
+            return f"of {kind}, which changes the disk below it by itself"
+    for name, harmless, why in (
+        ("zoned", "none", "zoned"),
+        ("dax", "0", "written past the block layer (DAX)"),
+    ):
+        try:
+            if (disk / "queue" / name).read_text().strip() != harmless:
+                return why
+        except OSError:
+            continue  # the kernel knows no such thing
     return None
 
 

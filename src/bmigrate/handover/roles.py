@@ -143,12 +143,12 @@ def refuse_device(host: Host, volume: str) -> None:
             hint="check 'devices' of the volume in the configuration, and ls -l /dev/disk/by-id",
             reason=facts.get("reason"),
         )
-    if facts.get("bio_based"):
+    if facts.get("untrackable"):
         raise RefusedError(
-            f"device {facts['path']} is {facts['bio_based']}, which is not supported yet",
+            f"device {facts['path']} is {facts['untrackable']}: not all writes could be recorded",
             volume=volume,
             hint="use a disk, or a partition of one",
-            reason="bio_based",
+            reason="untrackable",
         )
 
 

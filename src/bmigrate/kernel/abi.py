@@ -37,6 +37,9 @@ ENTRY_PARTITION = 1
 ENTRY_GONE = 2
 ENTRY_BEYOND = 4
 ENTRY_DRAINING = 8
+ENTRY_BIO = 16
+ENTRY_BLIND = 32
+ATTACH_BIO = 1
 
 
 class BatchHeader(ctypes.Structure):
@@ -98,7 +101,7 @@ class ReqlogAttach(ctypes.Structure):
 
     _fields_ = [
         ("fd", ctypes.c_int32),
-        ("reserved", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
         ("major", ctypes.c_uint32),
         ("minor", ctypes.c_uint32),
         ("sectors", ctypes.c_uint64),
@@ -207,4 +210,14 @@ REASONS = {
     9: ("no_slot", "no free slot", "detach volumes, and let the reader consume what is left of them"),
     10: ("bad_region", "the overflow region size is not usable", "use a power of two from 64 KiB to 1 MiB"),
     11: ("empty", "the device has no sectors", "insert a medium or set up the device"),
+    12: (
+        "dax",
+        "the device can be written past the block layer (DAX)",
+        "protect a disk without DAX",
+    ),
+    13: (
+        "rw_page",
+        "this kernel can write pages to the device without a block request (zram, brd before Linux 6.3)",
+        "protect another device, or use a newer kernel",
+    ),
 }

@@ -42,7 +42,8 @@ class Attachment:
     slot: the number in records. attachment_id: random, the same as long as it is the same attachment. start_sector:
     where the volume begins on the whole disk; sectors: its size as attached; disk_sectors: the size of the whole disk
     now. gone: the disk was removed. beyond: something was written behind the known end (the disk has grown).
-    draining: detached, and the slot not yet free.
+    draining: detached, and the slot not yet free. bio_based: of a disk that handles bios itself. blind: a write was
+    not recorded, only a comparison finds it.
     """
 
     slot: int
@@ -59,6 +60,8 @@ class Attachment:
     gone: bool
     beyond: bool
     draining: bool
+    bio_based: bool = False
+    blind: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,18 +120,26 @@ class Control(device.Handle):
         self.abi_version = abi.REQLOG_ABI
 
     def attach(
-        self, fd: int, region_bytes: int = DEFAULT_REGION_BYTES, identity: Identity | None = None, volume: str = ""
+        self,
+        fd: int,
+        region_bytes: int = DEFAULT_REGION_BYTES,
+        identity: Identity | None = None,
+        volume: str = "",
+        bio_based: bool = False,
     ) -> Attachment:
         """Attach the volume that `fd` has open.
 
         Args: fd: open block device, may be closed afterwards; region_bytes: unit of the overflow map, a power of two;
         identity: what the volume must be, if known from elsewhere (default: what fd says); volume: its name in
-        messages. Raises AttachRefused with the reason as code, KernelError.
+        messages; bio_based: take such a disk too, of which writes that were queued before are not recorded: the caller
+        makes sure that they are over before a first copy begins. Raises AttachRefused with the reason as code,
+        KernelError.
         """
         volume = volume or _name_of(fd)
         identity = identity or identify(fd)
         request = abi.ReqlogAttach(
             fd=fd,
+            flags=abi.ATTACH_BIO if bio_based else 0,
             major=identity.major,
             minor=identity.minor,
             sectors=identity.sectors,
@@ -206,6 +217,8 @@ def _attachment(entry: abi.ReqlogEntry) -> Attachment:
         gone=bool(entry.flags & abi.ENTRY_GONE),
         beyond=bool(entry.flags & abi.ENTRY_BEYOND),
         draining=bool(entry.flags & abi.ENTRY_DRAINING),
+        bio_based=bool(entry.flags & abi.ENTRY_BIO),
+        blind=bool(entry.flags & abi.ENTRY_BLIND),
     )
 
 

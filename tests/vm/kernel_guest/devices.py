@@ -130,16 +130,112 @@ def _drop_zram() -> None:
     _unload("zram")
 
 
-def _dm() -> str:
-    disk = scsi()
-    subprocess.run(["dmsetup", "create", "kernel-test"], input=f"0 65536 linear {disk} 0\n", text=True, check=True)
+HALF = 65536  # sectors: half of the scsi_debug disk, less in some tables
+
+
+def _map(name: str, *lines: str) -> str:
+    """A device of the device mapper with this table."""
+    table = "".join(f"{line}\n" for line in lines)
+    subprocess.run(["dmsetup", "create", f"kernel-test-{name}"], input=table, text=True, check=True)
     # Not the link: the kernel tells a refused device by its own name.
-    return os.path.realpath("/dev/mapper/kernel-test")
+    return os.path.realpath(f"/dev/mapper/kernel-test-{name}")
+
+
+def _linear() -> str:
+    """Two segments, the halves of a disk exchanged: a bio over the seam is split."""
+    disk = scsi()
+    return _map("linear", f"0 {HALF} linear {disk} {HALF}", f"{HALF} {HALF} linear {disk} 0")
+
+
+def _striped() -> str:
+    disk = scsi()
+    return _map("striped", f"0 {2 * HALF} striped 2 128 {disk} 0 {disk} {HALF}")
+
+
+def _crypt() -> str:
+    return _map("crypt", f"0 {2 * HALF} crypt aes-xts-plain64 {'5a' * 32}{'a5' * 32} 0 {scsi()} 0 1 allow_discards")
+
+
+def _halves() -> tuple[str, str]:
+    disk = scsi()
+    return _map("one", f"0 {HALF} linear {disk} 0"), _map("two", f"0 {HALF} linear {disk} {HALF}")
+
+
+def _raid1() -> str:
+    one, two = _halves()
+    return _map("raid1", f"0 {HALF} raid raid1 3 0 region_size 1024 2 - {one} - {two}")
+
+
+def _snapshot() -> tuple[str, str]:
+    """Origin and snapshot of it; both may be written."""
+    one, two = _halves()
+    run("dd", "if=/dev/zero", f"of={two}", "bs=4096", "count=1", "oflag=direct", "status=none")
+    origin = _map("origin", f"0 {HALF} snapshot-origin {one}")
+    return origin, _map("snapshot", f"0 {HALF} snapshot {one} {two} N 8")
+
+
+def _thin() -> str:
+    """A thin volume, larger than what its pool can hold is written."""
+    disk = scsi()
+    meta = _map("meta", f"0 8192 linear {disk} 0")
+    data = _map("data", f"0 {2 * HALF - 8192} linear {disk} 8192")
+    run("dd", "if=/dev/zero", f"of={meta}", "bs=4096", "count=1", "oflag=direct", "status=none")
+    pool = _map("pool", f"0 {2 * HALF - 8192} thin-pool {meta} {data} 128 0")
+    run("dmsetup", "message", "kernel-test-pool", "0", "create_thin 0")
+    return _map("thin", f"0 {HALF} thin {pool} 0")
 
 
 def _drop_dm() -> None:
-    if Path("/dev/mapper/kernel-test").exists():
-        run("dmsetup", "remove", "--retry", "kernel-test")
+    """The upper ones first."""
+    for name in (
+        "upper",
+        "thin",
+        "pool",
+        "meta",
+        "data",
+        "snapshot",
+        "origin",
+        "raid1",
+        "one",
+        "two",
+        "crypt",
+        "striped",
+        "linear",
+    ):
+        if Path(f"/dev/mapper/kernel-test-{name}").exists():
+            run("dmsetup", "remove", "--retry", f"kernel-test-{name}")
+    drop_scsi()
+
+
+def _md(level: str) -> str:
+    """An array of mdadm's over four quarters of a disk."""
+    disk = scsi()
+    quarters = [_map(f"q{n}", f"0 {HALF // 2} linear {disk} {n * HALF // 2}") for n in range(4)]
+    arguments = ["--level", level, "--raid-devices", "4", "--metadata", "1.2", "--assume-clean", *quarters]
+    run("mdadm", "--create", "/dev/md/kernel-test", "--run", *arguments)
+    run("udevadm", "settle")
+    return os.path.realpath("/dev/md/kernel-test")
+
+
+def _md_in_place() -> str:
+    """A raid0 that submits its bios again in place, for its members."""
+    path = _md("0")
+    Path(f"/sys/block/{os.path.basename(path)}/queue/iostats").write_text("0")
+    return path
+
+
+def _nested() -> str:
+    """A volume on kernel-test-one."""
+    one, _ = _halves()
+    return _map("upper", f"0 {HALF // 2} linear {one} 4096")
+
+
+def _drop_md() -> None:
+    if Path("/dev/md/kernel-test").exists():
+        run("mdadm", "--stop", "/dev/md/kernel-test")
+    for number in range(4):
+        if Path(f"/dev/mapper/kernel-test-q{number}").exists():
+            run("dmsetup", "remove", "--retry", f"kernel-test-q{number}")
     drop_scsi()
 
 
@@ -177,7 +273,18 @@ KINDS: dict[str, tuple[Callable[[], str], Callable[[], None]]] = {
     "scsi": (scsi, drop_scsi),
     "brd": (_brd, lambda: _unload("brd")),
     "zram": (_zram, _drop_zram),
-    "dm": (_dm, _drop_dm),
+    "dm-linear": (_linear, _drop_dm),
+    "dm-striped": (_striped, _drop_dm),
+    "dm-crypt": (_crypt, _drop_dm),
+    "dm-raid1": (_raid1, _drop_dm),
+    "dm-origin": (lambda: _snapshot()[0], _drop_dm),
+    "dm-snapshot": (lambda: _snapshot()[1], _drop_dm),
+    "dm-thin": (_thin, _drop_dm),
+    "md-raid0": (lambda: _md("0"), _drop_md),
+    "md-raid0-in-place": (_md_in_place, _drop_md),
+    "dm-nested": (_nested, _drop_dm),
+    "md-raid1": (lambda: _md("1"), _drop_md),
+    "md-raid10": (lambda: _md("10"), _drop_md),
     "zoned": (_null_zoned, drop_null),
 }
 

@@ -54,7 +54,7 @@ class Tracked:
         self.control = Control()
         fd = os.open(path, os.O_RDONLY)
         try:
-            self.attachment = self.control.attach(fd, region_bytes)
+            self.attachment = self.control.attach(fd, region_bytes, bio_based=True)
         finally:
             os.close(fd)
         self.channel = channel or Channel()
@@ -129,6 +129,7 @@ def verdict(tracked: Tracked, before: numpy.ndarray, after: numpy.ndarray) -> di
         "beyond": tracked.beyond,
         "foreign": tracked.foreign,
         "missed_without_overflow": int((changed & ~tracked.exact).sum()),
+        "blind": any(item.blind for item in tracked.control.list()),
         "stats": tracked.stats(),
         "channel": dict(vars(tracked.channel.stats())),
     }

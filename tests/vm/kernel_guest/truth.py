@@ -37,7 +37,7 @@ def main() -> None:
         result = verdict(tracked, before, fingerprints(options.device))
     finally:
         tracked.detach()
-    print(json.dumps({"seed": options.seed, **result}))
+    print(json.dumps({"seed": options.seed, "done": workload.done, **result}))
 
 
 def work(tracked: Tracked, workload: workloads.Raw | workloads.Filesystem, asleep: bool) -> None:
