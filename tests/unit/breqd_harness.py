@@ -9,6 +9,7 @@ The volume is a regular file, so the few functions that ask sysfs about a block 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import threading
 import time
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,6 +51,9 @@ class FakeKernel:
         self.reader: Any = None
         self.bell: socket.socket | None = None
         self.loaded = True
+        self.recorded: dict[int, int] = {}
+        #: It lets all writes pass without a record.
+        self.sleeps = False
         self._listener = Listener(str(path), "AF_UNIX", backlog=16)
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -78,9 +83,10 @@ class FakeKernel:
         """A request has completed."""
         with self.lock:
             entry = self.entries.get(slot)
-            if entry is None or entry["draining"]:
+            if entry is None or entry["draining"] or self.sleeps:
                 return
             self.produced += 1
+            self.recorded[entry["attachment_id"]] = self.recorded.get(entry["attachment_id"], 0) + count
             self.log.append((self.produced, (sector, count, slot, self.random.randrange(6), flags)))
             self.ring()
 
@@ -127,6 +133,9 @@ class FakeKernel:
         used = {record[2] for _, record in self.log + (self.pending[1] if self.pending else [])}
         for slot in [slot for slot, entry in self.entries.items() if entry["draining"] and slot not in used]:
             del self.entries[slot]
+
+    def do_stats(self, _connection: Any, attachment_id: int) -> int:
+        return self.recorded.get(attachment_id, 0)
 
     def do_list(self, _connection: Any) -> list[Attachment]:
         return [Attachment(**entry) for entry in self.entries.values()]
@@ -205,13 +214,9 @@ class RemoteControl(_Remote):
         """LIST."""
         return self.call("list")
 
-    def stats(self, _slot: int, _attachment_id: int) -> Any:
+    def stats(self, _slot: int, attachment_id: int) -> Any:
         """STATS."""
-
-        class Counters:
-            regions_set = 0
-
-        return Counters()
+        return SimpleNamespace(regions_set=0, sectors=self.call("stats", attachment_id))
 
 
 class RemoteChannel(_Remote):
@@ -250,6 +255,13 @@ class RemoteChannel(_Remote):
         return self.call("passed", point)
 
 
+@functools.lru_cache(maxsize=None)
+def _sectors(number: int) -> int:
+    """Size of the file that stands for the device of that number; it stays when the path goes."""
+    files = [path for path in Path(os.environ["BMIGRATE_ETC"]).parent.iterdir() if path.is_file()]
+    return max(path.stat().st_size // 512 for path in files if path.stat().st_ino % 1000 == number)
+
+
 def run_daemon(kernel: str) -> int:
     """In the child: the real daemon, with regular files for block devices."""
     from bmigrate.breqd import attach, loop
@@ -267,6 +279,9 @@ def run_daemon(kernel: str) -> int:
     blockdev.boot_id = lambda: str(fact("boot_id"))
     blockdev.identity = lambda path: {"size_bytes": os.stat(path).st_size, "serial": fact("serial")}
     blockdev.write_counters = counters
+    blockdev.counters_of_number = lambda number: counters(None)
+    blockdev.writes_in_flight = lambda number: 0
+    blockdev.extent_of_number = lambda number: (fact("start"), fact("sectors") or _sectors(number))
     blockdev.open_direct = lambda path, **_: os.open(path, os.O_RDONLY)
     attach.Attacher._open_device = lambda self, device, number, volume: os.open(device, os.O_RDONLY)  # type: ignore[method-assign]
     log.setup("breqd", True)
@@ -294,6 +309,8 @@ class Host:
         self.facts: dict[str, Any] = {
             "boot_id": "boot-1",
             "serial": "s1",
+            "start": 2048,
+            "sectors": 0,
             "counters": {"writes": 0, "sectors_written": 0, "discards": 0, "sectors_discarded": 0, "counted": True},
         }
         self.save_facts()

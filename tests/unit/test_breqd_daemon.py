@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from bmigrate.common.errors import BmigrateError, RefusedError, UnreachableError
+from bmigrate.common.errors import BmigrateError, RefusedError, SuspectError, UnreachableError
 from bmigrate.kernel import abi
 from tests.unit.breqd_harness import GRANULE, Host
 
@@ -408,3 +408,81 @@ def test_bad_requests_are_answered_and_do_no_harm(host: Host) -> None:
     assert host.process is not None and host.process.poll() is None and host.process.pid == pid
     status = host.volume("a")
     assert status["dirty_bytes"] == SIZES["a"] and status["suspect"] is None
+
+
+# --- the self test -------------------------------------------------------------------------------
+
+
+def counted(host: Host, sectors: int) -> None:
+    """What the kernel counts for the device of volume a from now on."""
+    host.facts["counters"]["sectors_written"] = sectors
+    host.save_facts()
+
+
+def self_test(host: Host) -> Any:
+    """One look at volume a."""
+    return host.call("self_test", workload="w", volume="a")
+
+
+def test_a_tracker_that_sees_is_proven(host: Host) -> None:
+    host.start()
+    host.call("attach", workload="w", volume="a", mode="seed")
+    self_test(host)
+    self_test(host)
+    host.kernel.write(host.slot("a"), 2048, 8)
+    counted(host, 8)
+    assert self_test(host)["state"] == "proven"
+    assert host.volume("a")["self_test"]["proven_sectors"] == 8 and host.volume("a")["suspect"] is None
+
+
+def test_a_blind_tracker_says_so_and_is_never_in_step(host: Host) -> None:
+    """Suspect at once and for good: a comparison cannot clear it, a drain is refused, a restart finds it again."""
+    host.start()
+    host.call("attach", workload="w", volume="a", mode="seed")
+    host.kernel.sleeps = True
+    states = []
+    for number in range(6):
+        counted(host, 8 * number)
+        states.append(self_test(host)["state"])
+    assert states[-1] == "blind" and "doubtful" in states
+    assert "the tracker is blind" in host.volume("a")["suspect"]
+    again = host.call("resync_begin", workload="w", volume="a")["resync_id"]
+    with pytest.raises(RefusedError) as refused:
+        host.call("resync_end", workload="w", volume="a", resync_id=again)
+    assert refused.value.reason == "new_suspicion"
+    with pytest.raises(SuspectError) as blind:
+        host.call("barrier", workload="w", drain="d1")
+    assert blind.value.reason == "blind"
+    host.kill()
+    host.start()
+    assert "the tracker is blind" in host.volume("a")["suspect"]
+
+
+def test_a_drain_is_refused_when_a_single_write_was_not_seen(host: Host) -> None:
+    """While it runs one deficit is a doubt; at the end, with nothing under way, it is enough."""
+    host.start()
+    host.call("attach", workload="w", volume="a", mode="seed")
+    self_test(host)
+    self_test(host)
+    host.call("barrier", workload="w", drain="d1")
+    host.kernel.sleeps = True
+    host.kernel.write(host.slot("a"), 2048, 8)
+    counted(host, 8)
+    with pytest.raises(SuspectError):
+        host.call("barrier", workload="w", drain="d2")
+    assert "may be blind" in host.volume("a")["suspect"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [({"sectors": 4096}, "was resized from"), ({"start": 4096}, "was moved from sector 2048 to 4096")],
+)
+def test_a_device_that_changes_its_place_or_size_is_suspect(host: Host, facts: dict[str, int], words: str) -> None:
+    host.start()
+    host.call("attach", workload="w", volume="a", mode="seed")
+    host.facts.update(facts)
+    host.save_facts()
+    deadline = time.monotonic() + 60
+    while words not in str(host.volume("a")["suspect"]):
+        assert time.monotonic() < deadline, host.volume("a")
+        time.sleep(0.05)

@@ -54,17 +54,25 @@ def notes(tmp_path: Path) -> list[Path]:
 
 def test_a_device_that_nobody_has_needs_nothing(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settle, "nobody_has", lambda device: True)
-    settle.settle("/dev/x", "v", lambda device: ["open in process 1"])
+    settle.settle("/dev/x", "v", lambda device: [])
     assert kernel.asked == []
 
 
+def test_an_exclusive_open_does_not_clear_a_raw_writer(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database on the raw device need not have opened it exclusively."""
+    monkeypatch.setattr(settle, "nobody_has", lambda device: True)
+    monkeypatch.setattr(blockdev, "mounts_of", lambda device: [])
+    with pytest.raises(RefusedError, match="open for writing in process 1"):
+        settle.settle("/dev/x", "v", lambda device: ["open for writing in process 1 (db)"])
+
+
 def test_a_mounted_file_system_is_frozen_and_thawed(kernel: Kernel, tmp_path: Path) -> None:
-    settle.settle("/dev/x", "v", lambda device: [f"mounted at {tmp_path} (seen by process 1)"])
+    settle.settle("/dev/x", "v", lambda device: [])
     assert kernel.asked == [settle.FIFREEZE, settle.FITHAW]
     assert not kernel.frozen and not notes(tmp_path)
 
 
-@pytest.mark.parametrize("users", [["open in process 1"], ["mounted at /x (seen by process 1)", "held by dm-3"]])
+@pytest.mark.parametrize("users", [["open for writing in process 1 (db)"], ["dm-1 is part of dm-3"]])
 def test_any_other_user_is_a_refusal(kernel: Kernel, users: list[str]) -> None:
     with pytest.raises(RefusedError) as caught:
         settle.settle("/dev/x", "v", lambda device: users)
@@ -75,7 +83,7 @@ def test_any_other_user_is_a_refusal(kernel: Kernel, users: list[str]) -> None:
 def test_who_dies_in_the_freeze_is_thawed_by_the_next(kernel: Kernel, tmp_path: Path) -> None:
     kernel.dies_frozen = True
     with pytest.raises(KeyboardInterrupt):
-        settle.settle("/dev/x", "v", lambda device: ["mounted"])
+        settle.settle("/dev/x", "v", lambda device: [])
     assert kernel.frozen and notes(tmp_path)
     settle.thaw_leftovers()
     assert not kernel.frozen and not notes(tmp_path)
@@ -85,7 +93,7 @@ def test_a_note_without_a_freeze_does_no_harm(kernel: Kernel, tmp_path: Path) ->
     """Dead between the note and the freeze."""
     kernel.dies_frozen = True
     with pytest.raises(KeyboardInterrupt):
-        settle.settle("/dev/x", "v", lambda device: ["mounted"])
+        settle.settle("/dev/x", "v", lambda device: [])
     kernel.frozen.clear()
     settle.thaw_leftovers()
     assert kernel.asked[-1] == settle.FITHAW and not notes(tmp_path)
@@ -94,5 +102,5 @@ def test_a_note_without_a_freeze_does_no_harm(kernel: Kernel, tmp_path: Path) ->
 def test_a_file_system_that_cannot_be_frozen_is_a_refusal(kernel: Kernel, tmp_path: Path) -> None:
     kernel.frozen.add(os.stat(tmp_path).st_dev)
     with pytest.raises(RefusedError):
-        settle.settle("/dev/x", "v", lambda device: ["mounted"])
+        settle.settle("/dev/x", "v", lambda device: [])
     assert not notes(tmp_path)

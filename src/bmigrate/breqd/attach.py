@@ -18,6 +18,7 @@ from typing import Any
 from bmigrate.breqd import bitmapfile, cleanflag, placement, settle, track
 from bmigrate.breqd.bitmapfile import BitmapFile
 from bmigrate.breqd.maps import Key
+from bmigrate.breqd.selftest import Witness
 from bmigrate.breqd.track import Facts, Track, Verdict
 from bmigrate.breqd.tracker import Tracked, Tracker, as_refusal, events_of
 from bmigrate.common import blockdev, config, faults, paths
@@ -257,10 +258,13 @@ class Attacher:
             entry.start_sector,
             record,
             bitmap,
+            entry.sectors,
+            Witness(at_completion=not entry.bio_based),
         )
         # Only now is a volume that was tracked under this key given up: any failure before leaves it as it was.
         self.tracker.forget(key)
         self.tracker.put(item)
+        self.tracker.look(item)
         return item
 
     def _load_track(self, key: Key, mode: str) -> Track | None:

@@ -53,6 +53,7 @@ class Requests:
             "resync_begin": self.resync_begin,
             "resync_end": self.resync_end,
             "clean_close": self.clean_close,
+            "self_test": self.self_test,
         }
 
     def handle(self, connection: Connection, request: Request) -> Answer:
@@ -170,6 +171,7 @@ class Requests:
             "resync_count": item.record.resync_count,
             "resyncing": item.resync is not None,
             "claims_outstanding": len(volume.claims),
+            "self_test": item.witness.describe(time.monotonic()),
             "problem": None,
         }
 
@@ -189,7 +191,7 @@ class Requests:
                 ),
                 0,
             ),
-            **dict.fromkeys(("bitmap", "attachment_id", "attached_at", "allowed_epoch", "highest_epoch")),
+            **dict.fromkeys(("bitmap", "attachment_id", "attached_at", "allowed_epoch", "highest_epoch", "self_test")),
             "workload": key[0],
             "volume": key[1],
             "device": device,
@@ -247,6 +249,9 @@ class Requests:
 
         def answer() -> Fields:
             items = self.tracker.of_workload(workload)
+            if drain is not None:
+                for item in items:
+                    self.tracker.require_sight(item)
             if drain is None or self._drained.get(workload) != drain:
                 for item in items:
                     self.tracker.maps.offer_failed(item.key, time.monotonic())
@@ -277,6 +282,22 @@ class Requests:
         self.tracker.resync_end(_key(request), str(request["resync_id"]))
         return {}
 
+    def self_test(self, connection: Connection, request: Request) -> Answer:
+        """{workload, volume} → {state, proven_sectors, proven_age_seconds, reason}, as of now.
+
+        The caller has flushed what it could; nothing is written here. A blind tracker answers so
+        and makes the volume suspect.
+        """
+        key = _key(request)
+        self.tracker.get(key)
+
+        def look() -> Fields:
+            item = self.tracker.get(key)
+            self.tracker.look(item)
+            return item.witness.describe(time.monotonic())
+
+        return self._behind_barrier(connection, request, look)
+
     # --- the end of a boot -----------------------------------------------------------------------
 
     def clean_close(self, connection: Connection, request: Request) -> Answer:
@@ -293,6 +314,7 @@ class Requests:
         self.leases.forget(key[0])
 
         def close() -> Answer:
+            self.tracker.require_sight(item)
             self.tracker.maps.give_back(key)
             item.bitmap.sync()
             records = item.records

@@ -4,11 +4,12 @@
 Why: on such a device a write is seen when it is queued. One that was queued before ATTACH and
 reaches the disk after the first copy has read the block would be lost. The device is settled when
 
-- it can be opened exclusively: nobody has it, and whoever had it waited for its writes; or
-- its only user is a mounted file system, which is frozen and thawed once: freezing waits for all
+- it can be opened exclusively and no process has it open for writing (an exclusive open keeps out
+  other exclusive ones only): whoever had it waited for its writes; or
+- its only writer is a mounted file system, which is frozen and thawed once: freezing waits for all
   writes under way, those of AIO and of the page cache included. It costs the workload a moment.
 
-Anything else is refused: the volume has to be attached while the workload does not use it. A
+Who only reads it (our own shipper, udev) is in nobody's way. Anything else is refused: the volume has to be attached while the workload does not use it. A
 process that dies between freeze and thaw leaves a note in /run, by which the next one thaws.
 """
 
@@ -28,24 +29,30 @@ LOG = logging.getLogger("breqd")
 FIFREEZE, FITHAW = 0xC0045877, 0xC0045878
 
 
-def settle(device: str, volume: str, users: Callable[[str], list[str]] = blockdev.holders) -> None:
+def users_of(device: str) -> list[str]:
+    """Who could write to a device past a file system mounted from it: processes, and devices stacked on it."""
+    stacked = [text for text in blockdev.holders(device) if " is part of " in text]
+    return [*blockdev.writers(device), *stacked]
+
+
+def settle(device: str, volume: str, users: Callable[[str], list[str]] = users_of) -> None:
     """Return when every write that was queued before this call is over.
 
     Args:
         device: path of the volume, attached already.
         volume: its name, for messages.
-        users: who uses a device, in words; mounts begin with "mounted at".
+        users: who could write to a device but for a mounted file system, in words.
 
     Raises:
         RefusedError: reason ``in_use``: it cannot be proved while the device is used like this.
     """
-    if nobody_has(device):
+    others = users(device)
+    if nobody_has(device) and not others:
         return
     mounts = blockdev.mounts_of(device)
-    others = [text for text in users(device) if not text.startswith("mounted")]
     if not mounts or others:
         raise RefusedError(
-            f"{device} handles bios itself and is in use: {'; '.join(others) or 'by somebody unknown'}",
+            f"{device} handles bios itself and is in use: {'; '.join(others) or 'by somebody unknown, perhaps as swap'}",
             volume=volume,
             hint="stop the workload, run sync.yml, and start it again: later nothing has to stop for it",
             reason="in_use",

@@ -18,15 +18,18 @@ from bmigrate.breqd import track
 from bmigrate.breqd.bitmapfile import BitmapFile
 from bmigrate.breqd.maps import Key, Maps
 from bmigrate.breqd.records import Slots
+from bmigrate.breqd.selftest import Sample, Witness
 from bmigrate.breqd.track import Track
-from bmigrate.common import paths, rpc
-from bmigrate.common.errors import BmigrateError, RefusedError
+from bmigrate.common import blockdev, paths, rpc
+from bmigrate.common.errors import BmigrateError, RefusedError, SuspectError
 from bmigrate.kernel.control import Attachment, Control
 from bmigrate.kernel.errors import KernelError
 
 LOG = logging.getLogger("breqd")
 
 HOLD_TIMEOUT_SECONDS = 10.0
+#: How often a volume is looked at whose writes were already seen to be recorded.
+WITNESS_SECONDS = 5.0
 
 
 @dataclass
@@ -38,6 +41,8 @@ class Tracked:
         closing: being detached on request; only records on their way are still taken.
         resync: (id, suspicions at its begin) of the resync under way.
         records, written_bytes, widened_bytes: consumed since this daemon took the volume.
+        sectors: size of the volume when it was attached, 512 bytes each.
+        witness: whether its writes are seen to be recorded.
     """
 
     key: Key
@@ -48,6 +53,9 @@ class Tracked:
     start_sector: int
     record: Track
     bitmap: BitmapFile
+    sectors: int
+    witness: Witness
+    witnessed_at: float = 0.0
     lost: str = ""
     closing: bool = False
     resync: tuple[str, int] | None = None
@@ -59,7 +67,8 @@ class Tracked:
     @property
     def suspect(self) -> str | None:
         """Why writes may have been missed, or None."""
-        return self.lost or (self.record.suspect["reason"] if self.record.suspect else None)
+        blind = f"the tracker is blind: {self.witness.blind}" if self.witness.blind else None
+        return self.lost or blind or (self.record.suspect["reason"] if self.record.suspect else None)
 
 
 class Tracker:
@@ -171,10 +180,64 @@ class Tracker:
             if item.closing:
                 continue
             events = events_of(entry) if entry is not None else "the kernel has no such attachment any more"
-            if events and events not in item.seen_events:
-                item.seen_events.add(events)
-                item.lost = events
-                self.suspect(item.key, events)
+            if events:
+                self._lose(item, events)
+                continue
+            unproven = item.witness.state in ("unproven", "doubtful")
+            if unproven or time.monotonic() - item.witnessed_at >= WITNESS_SECONDS:
+                self.look(item)
+
+    def _lose(self, item: Tracked, events: str) -> None:
+        """An attachment does not record all writes of its device any more."""
+        if events not in item.seen_events:
+            item.seen_events.add(events)
+            item.lost = events
+            self.suspect(item.key, events)
+
+    def look(self, item: Tracked) -> None:
+        """Is it still the same device, and is what the kernel counts for it recorded? If not, it is a suspicion."""
+        if item.lost or item.closing:
+            return
+        events = moved(item)
+        if events:
+            self._lose(item, events)
+            return
+        try:
+            # In this order: selftest.py says why.
+            counters = blockdev.counters_of_number(item.number)
+            in_flight = blockdev.writes_in_flight(item.number)
+            recorded = self.require_control().stats(item.slot, item.attachment_id).sectors
+        except (OSError, ValueError) as exc:
+            LOG.debug("no counters of %s: %s", item.device, exc)
+            return
+        item.witnessed_at = time.monotonic()
+        written = counters.sectors_written + counters.sectors_discarded
+        before = item.witness.state
+        item.witness.take(Sample(counters.counted, written, in_flight, recorded, item.witnessed_at))
+        if item.witness.blind and before != "blind":
+            LOG.critical("volume %s/%s: THE TRACKER IS BLIND: %s", *item.key, item.witness.blind)
+            self.suspect(item.key, f"the tracker is blind: {item.witness.blind}")
+        elif item.witness.state != before:
+            LOG.info("volume %s/%s: self test: %s", *item.key, item.witness.state)
+
+    def require_sight(self, item: Tracked) -> None:
+        """Refuse unless all that the kernel counted so far was recorded; called when nothing is under way.
+
+        Raises:
+            SuspectError: reason ``blind`` or ``lost``; durable before it is raised.
+        """
+        self.look(item)
+        if item.lost:
+            raise SuspectError(f"not all writes were recorded: {item.lost}", volume=item.key[1], reason="lost")
+        if item.witness.doubt and not item.witness.blind:
+            self.suspect(item.key, f"the tracker may be blind: {item.witness.doubt} sectors were not recorded")
+        if item.witness.blind or item.witness.doubt:
+            raise SuspectError(
+                f"writes of {item.device} are not recorded: {item.witness.describe(time.monotonic())['reason']}",
+                volume=item.key[1],
+                hint="nothing of this volume may be believed; see docs/kernel.md, and install or reload the module",
+                reason="blind",
+            )
 
     def resync_begin(self, key: Key) -> str:
         """Begin to compare a volume by checksum; returns the id for ``resync_end``."""
@@ -194,7 +257,8 @@ class Tracker:
                 "that resync is not the one under way", volume=key[1], hint="begin again", reason="stale_resync"
             )
         before, item.resync = item.resync[1], None
-        if item.lost or item.record.suspicions != before:
+        self.look(item)
+        if item.lost or item.witness.blind or item.record.suspicions != before:
             raise RefusedError(
                 f"a new suspicion came up during the resync: {item.suspect}",
                 volume=key[1],
@@ -281,6 +345,19 @@ def events_of(entry: Attachment) -> str:
         return "the kernel had no memory to record a write, or the device was given DAX"
     if entry.beyond:
         return "the disk was written behind the end that was known when it was attached"
+    return ""
+
+
+def moved(item: Tracked) -> str:
+    """What became of the place and size of a volume since it was attached, in words; empty: nothing."""
+    extent = blockdev.extent_of_number(item.number)
+    if extent is None:
+        return "the device is gone, or is no partition any more"
+    start, sectors = extent
+    if sectors != item.sectors:
+        return f"the device was resized from {item.sectors * 512} to {sectors * 512} bytes"
+    if start != item.start_sector:
+        return f"the partition was moved from sector {item.start_sector} to {start}"
     return ""
 
 

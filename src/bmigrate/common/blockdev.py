@@ -127,14 +127,51 @@ class WriteCounters:
 
 def write_counters(path: PathLike) -> WriteCounters:
     """Read the write counters of a device. Flush the device first if in-flight writes matter."""
-    directory = sysfs_dir(path)
+    return _counters(sysfs_dir(path), disk_dir(path))
+
+
+def _number_dir(number: int) -> Path:
+    return Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+
+
+def counters_of_number(number: int) -> WriteCounters:
+    """The same for a device number.
+
+    Raises:
+        OSError: there is no such device any more.
+    """
+    directory = _number_dir(number)
+    # The entry is a link into the disk's directory: a partition's parent is the disk.
+    return _counters(directory, directory / ".." if (directory / "partition").exists() else directory)
+
+
+def _counters(directory: Path, disk: Path) -> WriteCounters:
     fields = [int(word) for word in (directory / "stat").read_text().split()]
     fields += [0] * (17 - len(fields))
     try:
-        counted = (disk_dir(path) / "queue" / "iostats").read_text().strip() != "0"
+        counted = (disk / "queue" / "iostats").read_text().strip() != "0"
     except OSError:
         counted = False
     return WriteCounters(fields[4], fields[6], fields[11], fields[13], counted)
+
+
+def writes_in_flight(number: int) -> int:
+    """How many writes the kernel counts as begun and not ended (Documentation/block/stat.rst, ``inflight``).
+
+    Raises:
+        OSError: there is no such device any more.
+    """
+    return int((_number_dir(number) / "inflight").read_text().split()[1])
+
+
+def extent_of_number(number: int) -> tuple[int, int] | None:
+    """(first sector on the disk, sectors) of a device as the kernel has it now; None when it is gone."""
+    directory = _number_dir(number)
+    try:
+        start = int(_text(directory / "start") or 0)
+        return start, int((directory / "size").read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def boot_id() -> str:
@@ -280,6 +317,29 @@ def mounts_of_number(number: int) -> list[str]:
             words = line.split()
             if len(words) > 4 and words[2] == wanted:
                 found.append(f"{process.name}: {words[4]}")
+    return found
+
+
+def writers(path: PathLike) -> list[str]:
+    """The processes, this one left out, that have the device open for writing, in words."""
+    number = device_number(path)
+    found = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit() or int(process.name) == os.getpid():
+            continue
+        try:
+            for entry in (process / "fd").iterdir():
+                status = os.stat(entry)
+                if not stat.S_ISBLK(status.st_mode) or status.st_rdev != number:
+                    continue
+                lines = (process / "fdinfo" / entry.name).read_text().splitlines()
+                flags = next(int(line.split()[1], 8) for line in lines if line.startswith("flags:"))
+                if flags & os.O_ACCMODE != os.O_RDONLY:
+                    command = (process / "comm").read_text().strip()
+                    found.append(f"open for writing in process {process.name} ({command})")
+                    break
+        except (OSError, StopIteration):
+            continue  # it ended meanwhile
     return found
 
 

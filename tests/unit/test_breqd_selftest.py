@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The self test's judgement: never blind when all is recorded, always blind when it is not."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bmigrate.breqd.selftest import RESTLESS_SECONDS, Sample, Witness
+
+
+class World:
+    """A device whose writes have a begin, a record, and a moment at which they are counted.
+
+    Args:
+        counts_at_begin: as dm and md do. loses: share of the writes that are not recorded.
+    """
+
+    def __init__(self, seed: int, counts_at_begin: bool, loses: float) -> None:
+        self.random = random.Random(seed)
+        self.counts_at_begin, self.loses = counts_at_begin, loses
+        self.clock = 0.0
+        self.writes: list[tuple[float, float, float, int, bool]] = []
+
+    def write(self, lasts: float, gap: float) -> None:
+        """One write of some sectors that begins now."""
+        end = self.clock + lasts
+        # Recorded a moment before the submitter is told; counted around it, or at the begin.
+        counted = self.clock if self.counts_at_begin else end + gap
+        self.writes.append(
+            (self.clock, end, counted, self.random.randint(1, 64), self.random.random() >= self.loses)
+        )
+
+    def sample(self) -> Sample:
+        """Read in the order that the product reads in; time goes on between the readings."""
+        written = sum(size for _, _, counted, size, _ in self.writes if counted <= self.clock)
+        self.clock += 0.001
+        in_flight = sum(1 for begin, end, *_ in self.writes if begin <= self.clock < end)
+        self.clock += 0.001
+        recorded = sum(size for _, end, _, size, seen in self.writes if seen and end <= self.clock)
+        return Sample(True, written, in_flight, recorded, self.clock)
+
+
+steps = st.lists(
+    st.tuples(st.integers(0, 6), st.floats(0.0, 8.0), st.floats(0.0, 0.5), st.floats(1.0, 5.0)), min_size=1, max_size=40
+)
+
+
+@given(st.integers(0, 2**32), st.booleans(), steps)
+def test_a_tracker_that_records_all_is_never_blind_nor_doubted(seed, counts_at_begin, plan):  # type: ignore[no-untyped-def]
+    world = World(seed, counts_at_begin, 0.0)
+    witness = Witness(at_completion=not counts_at_begin)
+    for count, lasts, gap, pause in plan:
+        for _ in range(count):
+            world.write(lasts, gap)
+        world.clock += pause
+        witness.take(world.sample())
+        assert not witness.blind and not witness.doubt
+
+
+@given(st.integers(0, 2**32), st.booleans(), st.floats(0.3, 1.0))
+def test_a_tracker_that_loses_writes_is_called_blind(seed, counts_at_begin, loses):  # type: ignore[no-untyped-def]
+    world = World(seed, counts_at_begin, loses)
+    witness = Witness(at_completion=not counts_at_begin)
+    for _ in range(3):
+        witness.take(world.sample())
+        world.clock += 1
+    for _ in range(40):
+        for _ in range(50):
+            world.write(0.5, 0.001)
+        world.clock += 1
+        witness.take(world.sample())
+    assert witness.state == "blind" and "not recorded" in witness.blind
+
+
+def test_nothing_written_proves_nothing() -> None:
+    witness = Witness(True)
+    for second in range(5):
+        witness.take(Sample(True, 70, 0, 12, float(second)))
+    assert witness.state == "unproven" and witness.describe(9.0)["proven_age_seconds"] is None
+
+
+def test_what_all_was_recorded_is_proven() -> None:
+    witness = Witness(True)
+    for second, (written, recorded) in enumerate([(70, 0), (70, 0), (78, 8)]):
+        witness.take(Sample(True, written, 0, recorded, float(second)))
+    assert witness.describe(5.0) == {
+        "state": "proven", "proven_sectors": 8, "proven_age_seconds": 3.0, "reason": None,
+    }  # fmt: skip
+
+
+def test_one_deficit_is_a_doubt_that_the_next_window_clears() -> None:
+    witness = Witness(True)
+    samples = [(0, 0), (0, 0), (16, 8), (16, 8), (32, 24), (32, 24)]
+    states = []
+    for second, (written, recorded) in enumerate(samples):
+        witness.take(Sample(True, written, 0, recorded, float(second)))
+        states.append(witness.state)
+    assert states == ["unproven", "unproven", "doubtful", "doubtful", "proven", "proven"]
+
+
+def test_a_device_that_never_rests_is_blind_when_nothing_at_all_is_recorded() -> None:
+    witness = Witness(at_completion=False)
+    second = 0.0
+    while not witness.blind and second < 10 * RESTLESS_SECONDS:
+        witness.take(Sample(True, int(second), 3, 0, second))
+        second += 1
+    assert 2 * RESTLESS_SECONDS <= second <= 2 * RESTLESS_SECONDS + 5
+
+
+def test_a_device_that_is_not_counted_says_so() -> None:
+    witness = Witness(True)
+    for second in range(3):
+        witness.take(Sample(False, 0, 0, second, float(second)))
+    assert witness.state == "uncounted" and "iostats" in str(witness.describe(3.0)["reason"])
+
+
+def test_counters_that_begin_anew_are_no_deficit() -> None:
+    witness = Witness(True)
+    for second, written in enumerate([500, 500, 0, 8, 8]):
+        witness.take(Sample(True, written, 0, 0 if written != 8 else 8, float(second)))
+    assert not witness.doubt and not witness.blind
