@@ -22,7 +22,7 @@ demo: setup ## boot two VMs, move a live PostgreSQL there and back, print the ev
 	$(PY) -m demo
 
 # One boot of the guests serves all: first what needs them bare, then what installs, then what needs them installed.
-BARE := tests/vm/test_kernel_modules.py
+BARE := tests/vm/test_kernel_modules.py tests/vm/test_kernel_life.py
 TESTS := tests/unit tests/contract $(BARE) tests/ansible $(filter-out $(BARE),$(sort $(wildcard tests/vm/test_*.py)))
 test: setup lint module ## lint, kernel build, then unit, contract, Ansible and VM tests
 	$(PYTEST) --durations=20 --tb=short $(TESTS)

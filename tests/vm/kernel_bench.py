@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,18 @@ UNLOAD = (
 )
 
 
-def build(lab: Lab, directory: Path, name: str = "modules", **variables: str) -> dict[str, Path]:
+def build(
+    lab: Lab, directory: Path, name: str = "modules", change: Callable[[Path], None] | None = None, **variables: str
+) -> dict[str, Path]:
     """Build the modules for the guests' kernel: on this machine if it has the headers, else in the guest.
 
-    variables: for make. Returns the path of each .ko, without debug sections.
+    change: what to do to the copy of the sources; variables: for make. Returns the path of each .ko, without debug sections.
     """
     release = lab.ssh(HOST, "uname -r").stdout.strip()
     target = directory / name
     shutil.copytree(ROOT / "module_src", target, ignore=shutil.ignore_patterns("*.ko", "*.o", "*.mod*", "*.cmd"))
+    if change is not None:
+        change(target)
     settings = [f"{key}={value}" for key, value in variables.items()]
     headers = Path("/lib/modules", release, "build")
     if headers.is_dir():
@@ -109,7 +113,7 @@ class Bench:
     def set_up(self) -> None:
         """Stop what is deployed, ship the programs, build and load the modules."""
         self.was_loaded = self.ssh("test -e /dev/reqlog", check=False).returncode == 0
-        programs = [*(ROOT / "src").glob("bmigrate/__init__.py"), *(ROOT / "src").glob("bmigrate/kernel/*.py")]
+        programs = [path for path in (ROOT / "src").rglob("*") if path.suffix in (".py", ".json", ".yml")]
         files = {str(path.relative_to(ROOT / "src")): path for path in programs}
         files.update({str(path.relative_to(ROOT)): path for path in ROOT.glob("tests/vm/kernel_guest/*.py")})
         self.modules = build(self.lab, self.scratch)
