@@ -255,7 +255,7 @@ class RemoteChannel(_Remote):
         return self.call("passed", point)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _sectors(number: int) -> int:
     """Size of the file that stands for the device of that number; it stays when the path goes."""
     files = [path for path in Path(os.environ["BMIGRATE_ETC"]).parent.iterdir() if path.is_file()]

@@ -29,9 +29,7 @@ class World:
         end = self.clock + lasts
         # Recorded a moment before the submitter is told; counted around it, or at the begin.
         counted = self.clock if self.counts_at_begin else end + gap
-        self.writes.append(
-            (self.clock, end, counted, self.random.randint(1, 64), self.random.random() >= self.loses)
-        )
+        self.writes.append((self.clock, end, counted, self.random.randint(1, 64), self.random.random() >= self.loses))
 
     def sample(self) -> Sample:
         """Read in the order that the product reads in; time goes on between the readings."""

@@ -61,7 +61,8 @@ def build(
 ) -> dict[str, Path]:
     """Build the modules for the guests' kernel: on this machine if it has the headers, else in the guest.
 
-    change: what to do to the copy of the sources; variables: for make. Returns the path of each .ko, without debug sections.
+    change: what to do to the copy of the sources; variables: for make. Returns the path of each .ko, without debug
+    sections.
     """
     release = lab.ssh(HOST, "uname -r").stdout.strip()
     target = directory / name

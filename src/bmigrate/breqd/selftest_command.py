@@ -14,7 +14,7 @@ import os
 from typing import Any
 
 from bmigrate.common import blockdev, output, paths, rpc
-from bmigrate.common.errors import RefusedError, SuspectError
+from bmigrate.common.errors import BmigrateError, RefusedError, SuspectError
 
 TIMEOUT_SECONDS = 600.0
 
@@ -47,7 +47,7 @@ def run(workload: str | None, active: bool, as_json: bool) -> int:
             results.append({**{name: found[name] for name in names}, "workload": item["workload"], "volume": volume})
     bad = [item for item in results if item["state"] in ("blind", "doubtful")]
     open_questions = [item for item in results if item["state"] not in ("proven", "blind", "doubtful")]
-    error = None
+    error: BmigrateError | None = None
     if bad:
         error = SuspectError(
             f"the tracker does not see all writes: {bad[0]['reason']}",

@@ -9,8 +9,9 @@ reaches the disk after the first copy has read the block would be lost. The devi
 - its only writer is a mounted file system, which is frozen and thawed once: freezing waits for all
   writes under way, those of AIO and of the page cache included. It costs the workload a moment.
 
-Who only reads it (our own shipper, udev) is in nobody's way. Anything else is refused: the volume has to be attached while the workload does not use it. A
-process that dies between freeze and thaw leaves a note in /run, by which the next one thaws.
+Who only reads it (our own shipper, udev) is in nobody's way. Anything else is refused: the volume
+has to be attached while the workload does not use it. A process that dies between freeze and thaw
+leaves a note in /run, by which the next one thaws.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ def settle(device: str, volume: str, users: Callable[[str], list[str]] = users_o
         return
     mounts = blockdev.mounts_of(device)
     if not mounts or others:
+        by_whom = "; ".join(others) or "by somebody unknown, perhaps as swap"
         raise RefusedError(
-            f"{device} handles bios itself and is in use: {'; '.join(others) or 'by somebody unknown, perhaps as swap'}",
+            f"{device} handles bios itself and is in use: {by_whom}",
             volume=volume,
             hint="stop the workload, run sync.yml, and start it again: later nothing has to stop for it",
             reason="in_use",

@@ -65,6 +65,12 @@ def untrackable(device: str) -> str | None:
     for prefix, kind in (("bcache", "bcache"), ("drbd", "DRBD")):
         if disk.name.startswith(prefix):
             return f"of {kind}, which changes the disk below it by itself"
+    holders = disk / "holders"
+    if (disk / "dm").exists() or (disk / "md").exists():
+        # These handle bios, and bcache hands its own on to them without a trace.
+        above = sorted(entry.name for entry in holders.iterdir()) if holders.is_dir() else []
+        if any(name.startswith("bcache") for name in above):
+            return "below bcache, which writes to it without a trace"
     for name, harmless, why in (
         ("zoned", "none", "zoned"),
         ("dax", "0", "written past the block layer (DAX)"),

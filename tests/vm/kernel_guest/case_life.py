@@ -87,9 +87,7 @@ def partitions(device: str) -> dict[str, Any]:
         with Host(part) as host:
             host.in_step()
             start = int(Path(f"/sys/class/block/{os.path.basename(part)}/start").read_text())
-            subprocess.run(
-                ["sfdisk", "-q", "-N", "2", disk], input=f"start={start + 2048}\n", text=True, check=True
-            )
+            subprocess.run(["sfdisk", "-q", "-N", "2", disk], input=f"start={start + 2048}\n", text=True, check=True)
             run("udevadm", "settle")
             status = wait_for(lambda: host.status()["suspect"], "a suspicion of the moved partition")
             result["moved"] = status
