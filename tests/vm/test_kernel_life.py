@@ -79,6 +79,20 @@ def test_the_active_self_test_needs_the_device_for_itself(bench: Bench) -> None:
     assert result == {"reader": [0, False], "writer": [3, True], "holder": [3, False]}
 
 
+def test_a_mounted_volume_of_the_device_mapper_is_attached_under_load(bench: Bench) -> None:
+    result = life(bench, "settled")
+    assert result["changed"] > 200 and result["lost"] == 0 and result["suspect"] is None, result
+
+
+def test_a_daemon_that_dies_in_the_freeze_leaves_nothing_frozen(bench: Bench) -> None:
+    assert life(bench, "killed_in_the_freeze") == {"died": -9, "hung": True, "wrote": 0, "attached": True}
+
+
+def test_a_raw_writer_keeps_such_a_volume_from_being_attached(bench: Bench) -> None:
+    result = life(bench, "raw_writer")
+    assert "open for writing" in result["suspect"] and not result["attached"] and result["entries"] == 0, result
+
+
 def test_a_storm_with_the_reader_stopped_for_a_minute(bench: Bench) -> None:
     result = life(bench, "storm")
     print(result)

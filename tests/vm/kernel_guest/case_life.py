@@ -232,6 +232,102 @@ def selftest_in_use(device: str) -> dict[str, Any]:
     return result
 
 
+def settled(device: str) -> dict[str, Any]:
+    """A mounted volume that handles bios itself comes under tracking while files are written to it."""
+    disk = devices.KINDS["dm-linear"][0]()
+    where = Path("/run/kernel-test-mounted")
+    where.mkdir(exist_ok=True)
+    result: dict[str, Any] = {}
+    stop = threading.Event()
+    rounds: list[int] = []
+
+    def work() -> None:
+        pick = random.Random(5)
+        while not stop.is_set():
+            (where / str(pick.randrange(200))).write_bytes(pick.randbytes(20000))
+            os.sync()
+            rounds.append(1)
+
+    try:
+        run("mkfs.ext4", "-q", "-F", disk)
+        run("mount", disk, str(where))
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            wait_for(lambda: len(rounds) > 3, "files")
+            with Host(disk) as host:
+                host.in_step()
+                before = fingerprints(disk)
+                count = len(rounds)
+                wait_for(lambda: len(rounds) > count + 10, "files after the attach: is it still frozen?")
+                stop.set()
+                thread.join()
+                run("umount", str(where))
+                changed = (before != fingerprints(disk)).nonzero()[0]
+                dirty = host.claim()
+                result["changed"] = len(changed)
+                result["lost"] = sum(not covers(dirty, int(at) * 512) for at in changed)
+                result["suspect"] = host.status()["suspect"]
+        finally:
+            stop.set()
+            thread.join()
+            subprocess.run(["umount", str(where)], capture_output=True)
+        return result
+    finally:
+        devices.KINDS["dm-linear"][1]()
+
+
+def killed_in_the_freeze(device: str) -> dict[str, Any]:
+    """breqd dies between freeze and thaw: the next one thaws, before anything else."""
+    disk = devices.KINDS["dm-linear"][0]()
+    where = Path("/run/kernel-test-mounted")
+    where.mkdir(exist_ok=True)
+    try:
+        run("mkfs.ext4", "-q", "-F", disk)
+        run("mount", disk, str(where))
+        os.environ["BMIGRATE_FAULTS"] = "breqd.frozen=kill"
+        try:
+            with Host(disk, starts=False) as host:
+                host.start(answers=False)
+                died = host.process.wait(60) if host.process else None
+                writer = subprocess.Popen(["sh", "-c", f"echo x > {where}/file && sync"])
+                # Frozen: the write hangs. There is no condition to wait for, so it gets a second to prove otherwise.
+                try:
+                    writer.wait(1)
+                    hung = False
+                except subprocess.TimeoutExpired:
+                    hung = True
+                del os.environ["BMIGRATE_FAULTS"]
+                host.start()
+                return {"died": died, "hung": hung, "wrote": writer.wait(60), "attached": host.status()["attached"]}
+        finally:
+            os.environ.pop("BMIGRATE_FAULTS", None)
+            subprocess.run(["fsfreeze", "--unfreeze", str(where)], capture_output=True)
+            subprocess.run(["umount", str(where)], capture_output=True)
+    finally:
+        devices.KINDS["dm-linear"][1]()
+
+
+def raw_writer(device: str) -> dict[str, Any]:
+    """A process that writes to such a device without an exclusive open: not attached while it does, and later it is."""
+    disk = devices.KINDS["dm-linear"][0]()
+    script = "import os, sys; fd = os.open(sys.argv[1], os.O_RDWR); print(1, flush=True); sys.stdin.read()"
+    try:
+        process = subprocess.Popen([sys.executable, "-c", script, disk], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            assert process.stdout is not None and process.stdout.readline()
+            with Host(disk) as host:
+                problem = host.status()
+                entries = len([entry for entry in _entries() if not entry.draining])
+                process.communicate()
+                wait_for(lambda: host.status()["attached"], "the volume to be attached when its writer has gone")
+                return {"suspect": problem["suspect"], "attached": problem["attached"], "entries": entries}
+        finally:
+            process.communicate()
+    finally:
+        devices.KINDS["dm-linear"][1]()
+
+
 def storm(device: str) -> dict[str, Any]:
     """Writes for a minute while breqd is stopped: memory stays bounded, nothing is lost, the widening is told."""
     with Host(device) as host:

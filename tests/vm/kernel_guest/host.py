@@ -27,7 +27,8 @@ GRANULE = 4096
 class Host:
     """breqd and what it keeps. Enter it with the devices' paths; the volume of the first is called v0."""
 
-    def __init__(self, *devices: str) -> None:
+    def __init__(self, *devices: str, starts: bool = True) -> None:
+        self.starts = starts
         self.devices = dict(zip((f"v{n}" for n in range(len(devices))), devices))
         self.epoch = 0
         self.process: subprocess.Popen[bytes] | None = None
@@ -45,7 +46,8 @@ class Host:
             (ROOT / "state" / name).mkdir()
             state = {"schema": 1, "workload": name, "host": "a", "role": "primary"}
             (ROOT / "state" / name / "state.json").write_text(json.dumps(state))
-        self.start()
+        if self.starts:
+            self.start()
         return self
 
     def __exit__(
@@ -61,10 +63,12 @@ class Host:
             self.kill(signal.SIGTERM)
         shutil.rmtree(ROOT)
 
-    def start(self) -> None:
+    def start(self, answers: bool = True) -> None:
         """Start breqd and wait until it answers."""
         with (ROOT / "log").open("ab") as log:
             self.process = subprocess.Popen([sys.executable, "-m", "bmigrate", "breqd"], stdout=log, stderr=log)
+        if not answers:
+            return
         wait_for(lambda: self._answers() or self.process.poll() is not None, "breqd to answer")
         assert self.process.poll() is None, (ROOT / "log").read_text()
 
