@@ -180,6 +180,11 @@ class Tracker:
             if item.closing:
                 continue
             events = events_of(entry) if entry is not None else "the kernel has no such attachment any more"
+            if entry is not None and entry.gone:
+                # At once: the attachment keeps the memory of the disk, and its driver.
+                item.lost = events
+                self.give_up(item, entry)
+                continue
             if events:
                 self._lose(item, events)
                 continue
@@ -198,7 +203,12 @@ class Tracker:
         """Is it still the same device, and is what the kernel counts for it recorded? If not, it is a suspicion."""
         if item.lost or item.closing:
             return
-        events = moved(item)
+        extent = blockdev.extent_of_number(item.number)
+        events = moved(item, extent)
+        if extent is None:
+            item.lost = events
+            self.give_up(item, self.entry_of(item))
+            return
         if events:
             self._lose(item, events)
             return
@@ -348,9 +358,8 @@ def events_of(entry: Attachment) -> str:
     return ""
 
 
-def moved(item: Tracked) -> str:
+def moved(item: Tracked, extent: tuple[int, int] | None) -> str:
     """What became of the place and size of a volume since it was attached, in words; empty: nothing."""
-    extent = blockdev.extent_of_number(item.number)
     if extent is None:
         return "the device is gone, or is no partition any more"
     start, sectors = extent

@@ -86,8 +86,7 @@ def partitions(device: str) -> dict[str, Any]:
         result = {}
         with Host(part) as host:
             host.in_step()
-            start = int(Path(f"/sys/class/block/{os.path.basename(part)}/start").read_text())
-            subprocess.run(["sfdisk", "-q", "-N", "2", disk], input=f"start={start + 2048}\n", text=True, check=True)
+            partition_table(disk, 2048)
             run("udevadm", "settle")
             status = wait_for(lambda: host.status()["suspect"], "a suspicion of the moved partition")
             result["moved"] = status
@@ -108,8 +107,9 @@ def detached_under_load(device: str) -> dict[str, Any]:
 
     def work() -> None:
         pick = random.Random(3)
+        blocks = int(run("blockdev", "--getsz", device)) // 8
         while not stop.is_set():
-            sector = pick.randrange(0, 16384) * 8
+            sector = pick.randrange(blocks) * 8
             write(device, sector, 8)
             written.append(sector)
 

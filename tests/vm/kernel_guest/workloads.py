@@ -192,13 +192,13 @@ class Filesystem:
             run("umount", self.directory)
 
 
-def partition_table(path: str) -> None:
-    """Two partitions on `path`: one from the first MiB, one up to the end, a gap between."""
+def partition_table(path: str, later: int = 0) -> None:
+    """Two partitions on `path`: one from the first MiB, one up to the end that begins so much later, a gap between."""
     import subprocess
 
     sectors = int(run("blockdev", "--getsz", path))
     middle = sectors // 2 // 2048 * 2048
-    table = f"label: gpt\nstart=2048, size={middle - 4096}\nstart={middle}\n"
+    table = f"label: gpt\nstart=2048, size={middle - 4096}\nstart={middle + later}\n"
     subprocess.run(["sfdisk", "-q", "--wipe", "always", path], input=table, text=True, check=True)
     run("udevadm", "settle")
 
