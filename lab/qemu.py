@@ -59,10 +59,14 @@ def arguments(
     cpus = os.environ.get("BMIGRATE_LAB_CPUS", "2")
     memory = os.environ.get("BMIGRATE_LAB_MEMORY_MIB", "1024")
     forward = f"hostfwd=tcp:127.0.0.1:{ports.ssh}-10.0.2.15:22,hostfwd=tcp:127.0.0.1:{ports.postgresql}-10.0.2.15:5432"
+    # QEMU before 8.1 may link a block with an int3 that the kernel has just replaced, if another processor translated
+    # it at that moment: the guest panics while a tracepoint is switched. Guests with other kernels are there for tests
+    # that switch tracepoints all the time, and take turns with their processors.
+    threads = "single" if modules else "multi"
     accelerate = (
         ["-accel", "kvm", "-cpu", "host"]
         if can_virtualise()
-        else ["-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max,la57=off,svm=off"]
+        else ["-accel", f"tcg,thread={threads},tb-size=256", "-cpu", "max,la57=off,svm=off"]
     )
     # The guest must not measure its clock while the host is busy: see tscrate.py.
     clock = "" if can_virtualise() else tscrate.kernel_arguments(tscrate.measure_khz())
