@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
         copy = add(name, text, vm=True)
         copy.add_argument("source")
         copy.add_argument("target")
-    add("prune", "remove cached images that no instance uses and today's recipe does not make")
+    add("prune", "remove cached images and kernels that no instance uses and none would be made from today")
     other = add("kernels", "other kernels than the image's own: for guests (BMIGRATE_LAB_KERNEL), and to build for")
     other.add_argument(
         "verb",

@@ -238,14 +238,19 @@ class Lab:
 
     @staticmethod
     def prune() -> list[Path]:
-        """Remove the images that no instance rests on and that today's recipe does not make; returns them."""
-        used = {paths.images_directory() / image.recipe_hash()}
-        for facts in paths.instance_directory("x").parent.glob("*/instance.json"):
-            used.add(Path(json.loads(facts.read_text())["image"]))
+        """Remove the images that no instance rests on and that today's recipe does not make; returns them.
+
+        And the kernels that no instance has and that are not the ones of their series.
+        """
+        used, booted = {paths.images_directory() / image.recipe_hash()}, set()
+        for file in paths.instance_directory("x").parent.glob("*/instance.json"):
+            facts = json.loads(file.read_text())
+            used.add(Path(facts["image"]))
+            booted |= {Path(facts["kernel"]).resolve()} if "kernel" in facts else set()
         unused = [path for path in paths.images_directory().iterdir() if path.is_dir() and path not in used]
         for path in unused:
             shutil.rmtree(path)
-        return unused
+        return [*unused, *kernels.prune(booted)]
 
     def link(self, up: bool, name: str | None = None) -> None:
         """Plug the LAN between the guests in or out, at one guest or at both."""

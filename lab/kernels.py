@@ -273,6 +273,16 @@ def _with_proc(root: Path) -> Iterator[Any]:
     yield run
 
 
+def prune(used: set[Path]) -> list[Path]:
+    """Remove the kernels that no series names and that are not in `used`; returns them."""
+    where = kernels_directory()
+    named = {link.resolve() for link in (where / "series").glob("*")} | used
+    unused = [path.parent for path in where.glob("*/kernel.json") if path.parent.resolve() not in named]
+    for path in unused:
+        subprocess.run([*image.in_root_namespace(), "rm", "-rf", str(path)], check=True)
+    return unused
+
+
 def act(verb: str, series: list[str]) -> int:
     """One verb of `python3 -m lab kernels`; returns the exit code."""
     status = 0

@@ -127,3 +127,15 @@ def test_a_directory_that_is_no_kernel_is_told_so(tmp_path: Path) -> None:
         _ = kernels.Kernel(tmp_path).release
     with pytest.raises(LabError, match="no series"):
         kernels.ensure("4.19")
+
+
+def test_prune_keeps_what_a_series_or_a_guest_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    where = kernels.kernels_directory()
+    for release in ("named", "booted", "old"):
+        (where / release).mkdir(parents=True)
+        (where / release / "kernel.json").write_text("{}")
+    (where / "series").mkdir()
+    (where / "series/newest").symlink_to("../named")
+    assert kernels.prune({where / "booted"}) == [where / "old"]
+    assert sorted(path.parent.name for path in where.glob("*/kernel.json")) == ["booted", "named"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,11 @@ SEED = int(os.environ.get("BMIGRATE_SEED", "20260702"))
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("series", SERIES)
 def test_builds_without_a_complaint(series: str, tmp_path: Path) -> None:
-    """By the compiler with W=1, and by sparse."""
-    assert ensure(series).complaints(ROOT / "module_src", tmp_path) == []
+    """By the compiler with W=1, and by sparse. And DKMS would build for it."""
+    kernel = ensure(series)
+    assert kernel.complaints(ROOT / "module_src", tmp_path) == []
+    range_of = re.search(r'^BUILD_EXCLUSIVE_KERNEL="(.*)"$', (ROOT / "module_src/dkms.conf").read_text(), re.MULTILINE)
+    assert range_of and re.search(range_of.group(1), kernel.release)
 
 
 @pytest.fixture(scope="module", params=[series for series in SERIES if series not in BUILT_ONLY])
