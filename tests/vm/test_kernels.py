@@ -21,14 +21,14 @@ from lab.kernels import Kernel, ensure
 from tests.conftest import LAB_NAME
 from tests.vm.kernel_bench import DISK, HOST, ROOT, TROUBLE, Bench, bench_of
 
-pytestmark = pytest.mark.vm
+# Emulated, one processor at a time, and the first use of a series installs its kernel.
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(1800)]
 SERIES = os.environ.get("BMIGRATE_KERNELS", "6.12").split()
 #: Built for, but not run: the newest one is run.
 BUILT_ONLY = ("previous",)
 SEED = int(os.environ.get("BMIGRATE_SEED", "20260702"))
 
 
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("series", SERIES)
 def test_builds_without_a_complaint(series: str, tmp_path: Path) -> None:
     """By the compiler with W=1, and by sparse. And DKMS would build for it."""
@@ -83,7 +83,6 @@ def case(bench: Bench, program: str, name: str) -> Any:
     return outcome["result"]
 
 
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("workload", ["raw", "ext4"])
 def test_every_changed_sector_is_in_the_log(bench: Bench, workload: str) -> None:
     result = bench.truth(workload, DISK, SEED)
