@@ -59,9 +59,9 @@ def arguments(
     cpus = os.environ.get("BMIGRATE_LAB_CPUS", "2")
     memory = os.environ.get("BMIGRATE_LAB_MEMORY_MIB", "1024")
     forward = f"hostfwd=tcp:127.0.0.1:{ports.ssh}-10.0.2.15:22,hostfwd=tcp:127.0.0.1:{ports.postgresql}-10.0.2.15:5432"
-    # QEMU before 8.1 may link a block with an int3 that the kernel has just replaced, if another processor translated
-    # it at that moment: the guest panics while a tracepoint is switched. Guests with other kernels are there for tests
-    # that switch tracepoints all the time, and take turns with their processors.
+    # With processors that translate side by side QEMU 7.2 once ran an int3 that the kernel had replaced already, and
+    # the guest panicked while a tracepoint was switched. Guests with other kernels are there for tests that switch
+    # tracepoints all the time, and take turns with their processors.
     threads = "single" if modules else "multi"
     accelerate = (
         ["-accel", "kvm", "-cpu", "host"]
