@@ -10,7 +10,7 @@ export PYTHONPATH := src:.
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint bench lab-up lab-down test-unit test-vm test-ansible test-mutants module clean
+.PHONY: help setup demo test lint bench lab-up lab-down test-unit test-vm test-kernels test-ansible test-mutants module clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,8 +21,9 @@ setup: ## install what is missing on this machine (Debian 12; needs root or sudo
 demo: setup ## boot two VMs, move a live PostgreSQL there and back, print the evidence
 	$(PY) -m demo
 
-# One boot of the guests serves all: first what needs them bare, then what installs, then what needs them installed.
-BARE := tests/vm/test_kernel_modules.py tests/vm/test_kernel_life.py
+# Another kernel has a guest of its own, over before the others boot. One boot of these serves all: first what needs
+# them bare, then what installs, then what needs them installed.
+BARE := tests/vm/test_kernels.py tests/vm/test_kernel_modules.py tests/vm/test_kernel_life.py
 TESTS := tests/unit tests/contract $(BARE) tests/ansible $(filter-out $(BARE),$(sort $(wildcard tests/vm/test_*.py)))
 test: setup lint module ## lint, kernel build, then unit, contract, Ansible and VM tests
 	$(PYTEST) --durations=20 --tb=short $(TESTS)
@@ -38,6 +39,9 @@ test-unit: setup ## unit and property tests only: no guest is booted
 
 test-vm: setup ## tests on the lab's guests, without Ansible
 	$(PYTEST) tests/vm
+
+test-kernels: setup ## build for and test on 5.10, 6.1, 6.12 and the newest kernels of Debian's suites
+	BMIGRATE_KERNELS="5.10 6.1 6.12 previous newest" $(PYTEST) --durations=20 tests/vm/test_kernels.py
 
 test-ansible: setup ## playbooks, molecule and ansible-runner on the lab's guests
 	$(PYTEST) tests/ansible

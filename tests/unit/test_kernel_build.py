@@ -68,6 +68,38 @@ def test_missing_headers_are_said_by_name(source: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and f"no kernel headers at {missing}" in done.stderr
 
 
+def supported(release: str) -> bool:
+    """Whether DKMS would build for this kernel: as its programs of Debian 11 to 13 read dkms.conf."""
+    script = 'source "$1" && [[ ! ( $BUILD_EXCLUSIVE_KERNEL && ! $2 =~ $BUILD_EXCLUSIVE_KERNEL ) ]]'
+    argv = ["bash", "-c", script, "bash", str(SOURCE / "dkms.conf"), release]
+    return subprocess.run(argv, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "release",
+    ["5.10.0-46-amd64", "5.15.0-130-generic", "6.1.0-56-amd64", "6.12.117+deb13-amd64", "7.2.13+deb14-amd64",
+     "7.3.4+deb13-amd64", "7.3-amd64"],
+)  # fmt: skip
+def test_dkms_builds_for_the_supported_kernels(release: str) -> None:
+    assert supported(release)
+
+
+@pytest.mark.parametrize(
+    "release",
+    [
+        "4.19.0-27-amd64",
+        "5.4.0-200-generic",
+        "5.9.0-5-amd64",
+        "5.1.21",
+        "7.4.1+deb14-amd64",
+        "7.30.1-amd64",
+        "8.0-amd64",
+    ],
+)
+def test_dkms_builds_for_no_other_kernel(release: str) -> None:
+    assert not supported(release)
+
+
 def _modinfo(module: Path) -> dict[str, str]:
     """The strings in .modinfo: name=value, ended by NULs."""
     found = re.findall(rb"(?<=\0)(abi|license|version|name|vermagic)=([^\0]*)\0", module.read_bytes())

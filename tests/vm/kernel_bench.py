@@ -61,6 +61,8 @@ def build(
 ) -> dict[str, Path]:
     """Build the modules for the guests' kernel: on this machine if it has the headers, else in the guest.
 
+    A kernel that is not the image's own has a root with headers and compiler.
+
     change: what to do to the copy of the sources; variables: for make. Returns the path of each .ko, without debug
     sections.
     """
@@ -71,7 +73,10 @@ def build(
         change(target)
     settings = [f"{key}={value}" for key, value in variables.items()]
     headers = Path("/lib/modules", release, "build")
-    if headers.is_dir():
+    if lab.kernel:
+        assert lab.kernel.release == release
+        lab.kernel.build(target, target, *settings)
+    elif headers.is_dir():
         make = ["make", "-C", str(target), f"KDIR={headers}", *settings]
         done = subprocess.run(make, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
