@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,25 @@ def build(lab: Lab, directory: Path, name: str = "modules", **variables: str) ->
     return modules
 
 
+def build_driver(lab: Lab, directory: Path) -> Path:
+    """Build the test disk in tests/driver for the guests' kernel, in the same way; the path of bmtest.ko."""
+    release = lab.ssh(HOST, "uname -r").stdout.strip()
+    target = directory / "driver"
+    shutil.copytree(ROOT / "tests/driver", target, ignore=shutil.ignore_patterns("*.ko", "*.o", "*.mod*", "*.cmd"))
+    headers = Path("/lib/modules", release, "build")
+    if headers.is_dir():
+        done = subprocess.run(["make", "-C", str(target), f"KDIR={headers}"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        remote = f"{DIRECTORY}/build-driver"
+        lab.ssh(HOST, f"rm -rf {remote}; mkdir -p {remote}")
+        unpack(lab, {p.name: p for p in target.iterdir() if p.is_file()}, remote)
+        lab.ssh(HOST, f"make -C {remote}", timeout=600)
+        lab.get(HOST, f"{remote}/bmtest.ko", target / "bmtest.ko")
+    subprocess.run(["strip", "--strip-debug", str(target / "bmtest.ko")], check=True)
+    return target / "bmtest.ko"
+
+
 def unpack(lab: Lab, files: dict[str, Path], directory: str) -> None:
     """Put files into a directory of the guest: name there, path here."""
     buffer = io.BytesIO()
@@ -114,6 +133,7 @@ class Bench:
         files.update({str(path.relative_to(ROOT)): path for path in ROOT.glob("tests/vm/kernel_guest/*.py")})
         self.modules = build(self.lab, self.scratch)
         files.update({f"modules/{path.name}": path for path in self.modules.values()})
+        files["modules/bmtest.ko"] = build_driver(self.lab, self.scratch)
         self.ssh(f"rm -rf {DIRECTORY}")
         unpack(self.lab, files, DIRECTORY)
         if self.was_loaded:
@@ -157,6 +177,12 @@ class Bench:
         print(f"seed {seed}: {workload} on {device}")
         output = self.watched("truth", workload, device, "--seed", str(seed), *options)
         result: dict[str, Any] = json.loads(output)
+        return result
+
+    def row(self, kind: str, seed: int, operations: Iterable[str] = ()) -> dict[str, Any]:
+        """A row of the truth table: the operations, by default all, on a device of this kind; see matrix.py."""
+        chosen = ["--operations", ",".join(operations)] if operations else []
+        result: dict[str, Any] = json.loads(self.watched("matrix", kind, "--seed", str(seed), *chosen))
         return result
 
     def watched(self, program: str, *argv: str) -> str:

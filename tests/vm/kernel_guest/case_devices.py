@@ -6,7 +6,6 @@ The device is a scsi_debug disk or a loop device of the case's own; the argument
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import subprocess
@@ -21,62 +20,7 @@ from bmigrate.kernel.control import Attachment, Control
 from tests.vm.kernel_guest import devices
 from tests.vm.kernel_guest.cases import RING_LIMIT, attach, empty, main, ranges, wait_for, write
 from tests.vm.kernel_guest.command import run
-
-SG_IO = 0x2285
-NO_DATA, TO_DEVICE, FROM_DEVICE = -1, -2, -3
-
-
-class SgHeader(ctypes.Structure):
-    """struct sg_io_hdr of scsi/sg.h."""
-
-    _fields_ = [
-        ("interface_id", ctypes.c_int),
-        ("direction", ctypes.c_int),
-        ("cmd_len", ctypes.c_ubyte),
-        ("sense_len", ctypes.c_ubyte),
-        ("iovec_count", ctypes.c_ushort),
-        ("data_len", ctypes.c_uint),
-        ("data", ctypes.c_void_p),
-        ("command", ctypes.c_void_p),
-        ("sense", ctypes.c_void_p),
-        ("timeout", ctypes.c_uint),
-        ("flags", ctypes.c_uint),
-        ("pack_id", ctypes.c_int),
-        ("usr", ctypes.c_void_p),
-        ("status", ctypes.c_ubyte),
-        ("masked", ctypes.c_ubyte),
-        ("msg", ctypes.c_ubyte),
-        ("sense_written", ctypes.c_ubyte),
-        ("host_status", ctypes.c_ushort),
-        ("driver_status", ctypes.c_ushort),
-        ("residual", ctypes.c_int),
-        ("duration", ctypes.c_uint),
-        ("info", ctypes.c_uint),
-    ]
-
-
-def _scsi_command(device: str, command: bytes, direction: int, data: bytes = b"") -> int:
-    """Send a SCSI command past the block layer; its status."""
-    buffer = ctypes.create_string_buffer(data, max(1, len(data)))
-    sense = ctypes.create_string_buffer(64)
-    cdb = ctypes.create_string_buffer(command, len(command))
-    header = SgHeader(
-        interface_id=ord("S"),
-        direction=direction,
-        cmd_len=len(command),
-        sense_len=64,
-        data_len=len(data),
-        data=ctypes.addressof(buffer) if data else None,
-        command=ctypes.addressof(cdb),
-        sense=ctypes.addressof(sense),
-        timeout=20000,
-    )
-    fd = os.open(device, os.O_RDWR)
-    try:
-        fcntl.ioctl(fd, SG_IO, header, True)
-    finally:
-        os.close(fd)
-    return int(header.status)
+from tests.vm.kernel_guest.passthrough import FROM_DEVICE, NO_DATA, TO_DEVICE, scsi_command
 
 
 @contextmanager
@@ -137,7 +81,7 @@ def passthrough(device: str) -> dict[str, Any]:
 
         def send(name: str, command: bytes, direction: int, data: bytes = b"") -> None:
             before = control.stats(attachment.slot).passthrough
-            status = _scsi_command(disk, command, direction, data)
+            status = scsi_command(disk, command, direction, data)
             barrier = channel.barrier()
             passed_at_once = channel.passed(barrier)
             batches = empty(channel)

@@ -20,6 +20,7 @@ from tests.vm.kernel_guest.command import run
 from tests.vm.kernel_guest.tracker import SECTOR
 
 BLKDISCARD = 0x1277
+BLKSECDISCARD = 0x127D
 BLKZEROOUT = 0x127F
 PUNCH_HOLE_KEEP_SIZE = 3
 ZERO_RANGE_KEEP_SIZE = 0x11
@@ -33,9 +34,10 @@ def _logical_block_bytes(fd: int) -> int:
 class RawWriter:
     """Random writes, zeroes and discards of 512 bytes to 1 MiB, overlapping, also over the tail of the device."""
 
-    def __init__(self, path: str, seed: int, kinds: tuple[str, ...]) -> None:
+    def __init__(self, path: str, seed: int, kinds: tuple[str, ...], may_fail: bool = False) -> None:
         self.random = random.Random(seed)
         self.kinds = kinds
+        self.may_fail = may_fail
         self.done: Counter[str] = Counter()
         self.direct = os.open(path, os.O_RDWR | os.O_DIRECT)
         self.forced = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_DSYNC)
@@ -56,7 +58,10 @@ class RawWriter:
             self._do(kind, offset, length)
             self.done[kind] += 1
         except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
+            if error.errno == errno.EIO and self.may_fail:
+                self.done[f"{kind} that failed"] += 1
+                return
+            if error.errno != errno.EOPNOTSUPP or len(set(self.kinds)) == 1:
                 raise
             # The result says what was done: a device that refuses what it should do is seen there.
             self.kinds = tuple(other for other in self.kinds if other != kind)
@@ -69,6 +74,8 @@ class RawWriter:
                 raise OSError("short write")
         elif kind == "discard":
             fcntl.ioctl(self.direct, BLKDISCARD, struct.pack("QQ", offset, length))
+        elif kind == "erase":
+            fcntl.ioctl(self.direct, BLKSECDISCARD, struct.pack("QQ", offset, length))
         elif kind == "zeroout":
             fcntl.ioctl(self.direct, BLKZEROOUT, struct.pack("QQ", offset, length))
         elif kind == "zero_range":
@@ -94,13 +101,18 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def raw(path: str, seed: int, operations: int, kinds: tuple[str, ...], threads: int = 4) -> Counter[str]:
-    """Several RawWriters at once; how many operations of each kind were done."""
+def raw(
+    path: str, seed: int, operations: int, kinds: tuple[str, ...], threads: int = 4, may_fail: bool = False
+) -> Counter[str]:
+    """Several RawWriters at once; how many operations of each kind were done.
+
+    may_fail: operations that end with an input/output error are counted, and the rest goes on.
+    """
     failures: list[BaseException] = []
     done: Counter[str] = Counter()
 
     def work(number: int) -> None:
-        writer = RawWriter(path, seed * 100 + number, kinds)
+        writer = RawWriter(path, seed * 100 + number, kinds, may_fail)
         try:
             for _ in range(operations // threads):
                 writer.one()

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""In a guest: make a device of a kind, attach it, and put each operation to the test. Prints one JSON object.
+
+usage: matrix.py KIND --seed N [--operations NAME,...]
+
+For each operation alone: what the device holds before and after, against what the log said in between, with a reader at
+work. The volumes below the device that can be attached beside it are, and are compared as well. Promises that a row has a
+cell for each operation, with the numbers or with the reason why there are none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from typing import Any
+
+from bmigrate.kernel.errors import AttachRefused
+from tests.vm.kernel_guest import devices
+from tests.vm.kernel_guest.operations import OPERATIONS, NotOffered, Target
+from tests.vm.kernel_guest.watch import Watch
+
+
+def row(kind: str, seed: int, operations: list[str]) -> dict[str, Any]:
+    """The results of one kind of device."""
+    make, drop = devices.KINDS[kind]
+    drop()
+    try:
+        try:
+            path = make()
+        except devices.NoDevice as error:
+            return {"absent": str(error)}
+        try:
+            watch = Watch([path, *devices.also(kind)])
+        except AttachRefused as error:
+            return {"refused": {"code": error.code, "message": error.message, "hint": error.hint}}
+        try:
+            return {"path": path, "cells": cells(watch, kind, path, seed, operations)}
+        finally:
+            watch.close()
+    finally:
+        drop()
+
+
+def cells(watch: Watch, kind: str, path: str, seed: int, operations: list[str]) -> dict[str, Any]:
+    """One cell for each operation."""
+    first = next(iter(watch.volumes.values()))
+    found: dict[str, Any] = {}
+    for number, name in enumerate(operations):
+        target = Target(
+            path=path,
+            seed=seed * 100 + number,
+            failing=devices.FAILING.get(kind),
+            on_bmtest=devices.BMTEST_PARAMETERS.exists(),
+            first_sector=first.attachment.start_sector,
+        )
+        began = time.monotonic()
+        try:
+            with watch.step():
+                done = OPERATIONS[name](target)
+        except NotOffered as error:
+            found[name] = {"not_offered": str(error)}
+            # mkfs and its like may have begun: what they did is no part of the next operation.
+            watch.verdicts()
+            continue
+        volume, *below = watch.verdicts()
+        found[name] = {"done": done, **volume, "below": below, "seconds": round(time.monotonic() - began, 1)}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kind", choices=sorted(devices.KINDS))
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--operations", default=",".join(OPERATIONS))
+    options = parser.parse_args()
+    result = row(options.kind, options.seed, options.operations.split(","))
+    print(json.dumps({"kind": options.kind, "kernel": os.uname().release, "seed": options.seed, **result}))
+
+
+if __name__ == "__main__":
+    main()
