@@ -185,6 +185,11 @@ class Bench:
         result: dict[str, Any] = json.loads(self.watched("matrix", kind, "--seed", str(seed), *chosen))
         return result
 
+    def race(self, seed: int) -> dict[str, Any]:
+        """Copy a slow disk while it is written; see race.py."""
+        result: dict[str, Any] = json.loads(self.watched("race", "--seed", str(seed)))
+        return result
+
     def watched(self, program: str, *argv: str) -> str:
         """A guest program that must succeed and leave no trace of trouble in the kernel log. Its last line."""
         answer = self.python("-m", "tests.vm.kernel_guest.watched", program, *argv, timeout=850).stdout

@@ -301,7 +301,7 @@ def partitions(path: str) -> list[str]:
 
 def _virtio() -> str:
     """The last of the lab's disks."""
-    [path] = Path("/dev/disk/by-id").glob("virtio-bm-small-*")
+    [path] = Path("/dev/disk/by-id").glob("virtio-bm-small-*[!0-9]")
     return os.path.realpath(path)
 
 
@@ -364,14 +364,14 @@ def _failing_below() -> Iterator[None]:
 
 
 SCSI_PARAMETERS = Path("/sys/bus/pseudo/drivers/scsi_debug")
-SCSI_TRANSPORT_ERRORS = "0x10"
+SCSI_GUARD_ERRORS = "0x20"
 
 
 @contextmanager
 def _failing_scsi() -> Iterator[None]:
-    """Every second command is executed and then ends with a transport error, so that sd sends it again."""
-    (SCSI_PARAMETERS / "every_nth").write_text("1")
-    (SCSI_PARAMETERS / "opts").write_text(SCSI_TRANSPORT_ERRORS)
+    """Every third command is executed and then reports that the data's checksum was wrong."""
+    (SCSI_PARAMETERS / "every_nth").write_text("3")
+    (SCSI_PARAMETERS / "opts").write_text(SCSI_GUARD_ERRORS)
     try:
         yield
     finally:
@@ -381,15 +381,18 @@ def _failing_scsi() -> Iterator[None]:
 
 @contextmanager
 def _failing_null() -> Iterator[None]:
-    """A sector in the middle cannot be written."""
-    (NULL_DISK / "badblocks").write_text("+20000-24000")
+    """Some sectors cannot be written. In small pieces: null_blk takes no notice of a large one."""
+    pieces = [f"{first}-{first + 99}" for first in range(2000, 48000, 4000)]
+    for piece in pieces:
+        (NULL_DISK / "badblocks").write_text(f"+{piece}")
     try:
         yield
     finally:
-        (NULL_DISK / "badblocks").write_text("-20000-24000")
+        for piece in pieces:
+            (NULL_DISK / "badblocks").write_text(f"-{piece}")
 
 
-GROUP = "kerneltest"
+GROUP = "kernelgroup"
 # thin_check comes with a package that the guests do not have; a pool that was just made needs none.
 LVM = ("--config", 'global{thin_check_executable=""} devices{scan="/dev"}')
 
@@ -397,11 +400,12 @@ LVM = ("--config", 'global{thin_check_executable=""} devices{scan="/dev"}')
 def _lvm(volume: str) -> str:
     """A logical volume on a disk that is one physical volume."""
     run("vgcreate", *LVM, "--physicalextentsize", "1m", GROUP, scsi())
-    make = ("lvcreate", *LVM, "--yes", "--wipesignatures", "n")
+    make = ("lvcreate", *LVM, "--yes")
+    fresh = (*make, "--wipesignatures", "n", "-n", "lv")
     if volume == "thin":
-        run(*make, "--type", "thin", "--size", "32m", "--virtualsize", "24m", "--thinpool", "pool", "-n", "lv", GROUP)
+        run(*fresh, "--type", "thin", "--size", "32m", "--virtualsize", "24m", "--thinpool", "pool", GROUP)
     else:
-        run(*make, "--zero", "n", "--size", "20m", "-n", "lv", GROUP)
+        run(*fresh, "--zero", "n", "--size", "20m", GROUP)
     if volume in ("origin", "snapshot"):
         run(*make, "--snapshot", "--size", "22m", "-n", "snap", f"{GROUP}/lv")
     run("udevadm", "settle")

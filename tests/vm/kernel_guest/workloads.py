@@ -58,7 +58,7 @@ class RawWriter:
             self._do(kind, offset, length)
             self.done[kind] += 1
         except OSError as error:
-            if error.errno == errno.EIO and self.may_fail:
+            if error.errno in (errno.EIO, errno.EILSEQ) and self.may_fail:
                 self.done[f"{kind} that failed"] += 1
                 return
             if error.errno != errno.EOPNOTSUPP or len(set(self.kinds)) == 1:
