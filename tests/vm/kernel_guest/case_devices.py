@@ -25,7 +25,7 @@ from tests.vm.kernel_guest.passthrough import FROM_DEVICE, NO_DATA, TO_DEVICE, s
 
 @contextmanager
 def _scsi_disk(*options: str) -> Iterator[str]:
-    """A scsi_debug disk of 64 MiB."""
+    """A scsi_debug disk."""
     devices.drop_scsi()
     path = devices.scsi(*options)
     try:
