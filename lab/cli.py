@@ -9,6 +9,7 @@ import os
 import sys
 import time
 
+from lab import kernels
 from lab.disks import DISKS, VM_NAMES
 from lab.errors import LabError
 from lab.image import say
@@ -32,6 +33,7 @@ environment:
   BMIGRATE_LAB             name of the instance (default: default); instances do not disturb each other
   BMIGRATE_LAB_CPUS        processors of a guest (2)
   BMIGRATE_LAB_MEMORY_MIB  memory of a guest (1024)
+  BMIGRATE_LAB_KERNEL      directory of another kernel for a new lab's guests: see kernels list
   BMIGRATE_LAB_BOOT_SECONDS  how long to wait for ssh (600)
   XDG_CACHE_HOME           images and instances are kept in its folder bmigrate (~/.cache)
 
@@ -88,6 +90,14 @@ def parser() -> argparse.ArgumentParser:
         copy.add_argument("source")
         copy.add_argument("target")
     add("prune", "remove cached images that no instance uses and today's recipe does not make")
+    other = add("kernels", "other kernels than the image's own: for guests (BMIGRATE_LAB_KERNEL), and to build for")
+    other.add_argument(
+        "verb",
+        choices=("make", "list", "refresh", "build"),
+        help="make: install what is missing; list: what is there; refresh: install what the suites have now; "
+        "build: build module_src with W=1 and sparse",
+    )
+    other.add_argument("series", nargs="*", metavar="SERIES", help=f"{', '.join(kernels.SERIES)} (all)")
     control = add("control", "talk to a guest's disk server: counters, delays, failures (JSON)", vm=True)
     control.add_argument("json", nargs="?", default='{"op": "stats"}')
     return top
@@ -137,6 +147,8 @@ def _compare(lab: Lab, args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Do one command; returns the exit code."""
+    if args.command == "kernels":
+        return kernels.act(args.verb, args.series)
     lab = Lab()
     if args.command == "up":
         return _up(lab, args)

@@ -20,6 +20,7 @@ from typing import Any
 from lab import image, qemu
 from lab.disks import DISKS, VM_NAMES
 from lab.errors import LabError
+from lab.kernels import Kernel
 from lab.paths import REPOSITORY
 from lab.procs import Process
 from lab.waiting import wait
@@ -28,12 +29,21 @@ from lab.waiting import wait
 class Guest:
     """The guest `name` of the instance `label`, in `directory`."""
 
-    def __init__(self, name: str, directory: Path, label: str, ports: qemu.Ports, peer_lan_port: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        label: str,
+        ports: qemu.Ports,
+        peer_lan_port: int,
+        kernel: Kernel | None = None,
+    ) -> None:
         self.name = name
         self.directory = directory
         self.label = label
         self.ports = ports
         self._peer_lan_port = peer_lan_port
+        self._kernel = kernel
         self.qemu = Process(directory / "qemu.pid")
         self.disks = Process(directory / "disks.pid")
 
@@ -48,8 +58,11 @@ class Guest:
         for disk in DISKS:
             with (self.directory / disk.file_name).open("wb") as file:
                 file.truncate(disk.size_bytes)
-        (self.directory / "initramfs.cpio").write_bytes(base.initramfs.read_bytes() + own_archive)
-        shutil.copyfile(base.kernel, self.directory / "vmlinuz")
+        kernel, first = base.kernel, base.initramfs
+        if self._kernel:
+            kernel, first = self._kernel.vmlinuz, self._kernel.initramfs
+        (self.directory / "initramfs.cpio").write_bytes(first.read_bytes() + own_archive)
+        shutil.copyfile(kernel, self.directory / "vmlinuz")
         argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(base.root), str(overlay)]
         made = subprocess.run(argv, capture_output=True, text=True, check=False)
         if made.returncode != 0:
@@ -93,7 +106,8 @@ class Guest:
         self.disks.spawn(server, self.directory / "disks.log", REPOSITORY, environment)
         self._wait_for_socket("control.sock", self.disks)
         index = VM_NAMES.index(self.name) + 1
-        argv = qemu.arguments(self.name, index, self.ports, self._peer_lan_port, self.directory / "vmlinuz", self.label)
+        kernel, modules = self.directory / "vmlinuz", self._kernel.modules if self._kernel else None
+        argv = qemu.arguments(self.name, index, self.ports, self._peer_lan_port, kernel, self.label, modules)
         try:
             self.qemu.spawn(argv, self.directory / "qemu.log", self.directory)
         except FileNotFoundError as error:

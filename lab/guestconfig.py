@@ -31,13 +31,36 @@ def _network(name: str, index: int, address: str, link: str) -> list[initramfs.E
     ]
 
 
-def archive(vm: str, machine_id: str, host_key: bytes, host_key_public: bytes, authorized: bytes) -> bytes:
+def _modules(release: str) -> list[initramfs.Entry]:
+    """Mounts the modules of a kernel that is not the image's own before anything can ask for one.
+
+    By a service and not by a mount unit, which would wait for udev, which may ask for one.
+    """
+    unit = (
+        "[Unit]\nDescription=Modules of this kernel\nDefaultDependencies=no\n"
+        "Before=systemd-udevd.service systemd-modules-load.service kmod-static-nodes.service\n\n"
+        "[Service]\nType=oneshot\nRemainAfterExit=yes\n"
+        f"ExecStart=/bin/mount -t ext4 -o ro LABEL=lab-modules /lib/modules/{release}\n"
+    )
+    units = "config/etc/systemd/system"
+    wanted = b"[Unit]\nRequires=lab-modules.service\nAfter=lab-modules.service\n"
+    return [
+        initramfs.directory(f"config/usr/lib/modules/{release}"),
+        initramfs.regular(f"{units}/lab-modules.service", unit.encode()),
+        initramfs.regular(f"{units}/systemd-udevd.service.d/lab-modules.conf", wanted),
+    ]
+
+
+def archive(
+    vm: str, machine_id: str, host_key: bytes, host_key_public: bytes, authorized: bytes, other_kernel: str = ""
+) -> bytes:
     """The guest's own archive.
 
     Args:
         machine_id: 32 hexadecimal digits, of this guest alone.
         host_key, host_key_public: the ed25519 host key that the lab pins.
         authorized: the public key that may log in as root.
+        other_kernel: release of the kernel, if it is not the image's own.
     """
     hosts = "127.0.0.1 localhost\n" + "".join(f"{lan_address(name)} {name}\n" for name in VM_NAMES)
     index = VM_NAMES.index(vm) + 1
@@ -53,5 +76,6 @@ def archive(vm: str, machine_id: str, host_key: bytes, host_key_public: bytes, a
         initramfs.regular("config/etc/ssh/ssh_host_ed25519_key.pub", host_key_public),
         *_network("nat", index, "10.0.2.15/24", ""),
         *_network("lan", index, f"{lan_address(vm)}/24", f"MTUBytes={LAN_MTU}\n"),
+        *(_modules(other_kernel) if other_kernel else []),
     ]
     return initramfs.cpio(initramfs.with_parents(entries))

@@ -91,12 +91,17 @@ def _packages() -> list[str]:
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-def _in_root_namespace() -> list[str]:
+def in_root_namespace() -> list[str]:
     """What to put before a command that must see the image's real owners."""
     return [] if os.geteuid() == 0 else ["mmdebstrap", "--unshare-helper"]
 
 
-def _run(argv: list[str], log: Path) -> None:
+def run(argv: list[str], log: Path) -> None:
+    """Run a command that makes a part of an image; what it says goes to the log.
+
+    Raises:
+        LabError: it is missing or failed; the log's last lines are in the text.
+    """
     with log.open("ab") as out:
         out.write(("$ " + " ".join(argv) + "\n").encode())
         out.flush()
@@ -107,7 +112,7 @@ def _run(argv: list[str], log: Path) -> None:
             raise LabError(f"{argv[0]} is not installed: run `make setup`") from error
     if done.returncode != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
-        raise LabError(f"building the image failed: {argv[0]} exited with {done.returncode}; its last lines:\n{tail}")
+        raise LabError(f"making an image failed: {argv[0]} exited with {done.returncode}; its last lines:\n{tail}")
 
 
 def _build(image: Image) -> None:
@@ -119,14 +124,14 @@ def _build(image: Image) -> None:
         work.chmod(0o755)
         log = work / "build.log"
         root = work / "root"
-        _run(_mmdebstrap(root, lines), log)
+        run(_mmdebstrap(root, lines), log)
         releases = sorted(path.name for path in (root / "lib/modules").iterdir())
         if len(releases) != 1 or "cloud" in releases[0]:
             raise LabError(f"the image must have exactly one stock kernel, found: {', '.join(releases) or 'none'}")
         shutil.copyfile(root / "boot" / f"vmlinuz-{releases[0]}", work / "vmlinuz")
         (work / "initramfs.cpio").write_bytes(initramfs.build(root, releases[0], (RECIPE / "init").read_bytes()))
         _make_file_system(root, work / "root.img", log)
-        _run([*_in_root_namespace(), "rm", "-rf", str(root)], log)
+        run([*in_root_namespace(), "rm", "-rf", str(root)], log)
         facts = {
             "kernel": releases[0],
             "seconds": round(time.monotonic() - began),
@@ -139,7 +144,7 @@ def _build(image: Image) -> None:
         keep = image.directory.parent / f"{image.directory.name}.failed.log"
         if (work / "build.log").exists():
             shutil.copyfile(work / "build.log", keep)
-        subprocess.run([*_in_root_namespace(), "rm", "-rf", str(work)], check=False)
+        subprocess.run([*in_root_namespace(), "rm", "-rf", str(work)], check=False)
         raise
     say(f"image ready in {facts['seconds']} s, kernel {facts['kernel']}")
 
@@ -168,4 +173,4 @@ def _make_file_system(root: Path, target: Path, log: Path) -> None:
         file.truncate(ROOT_BYTES)
     options = ["-q", "-F", "-t", "ext4", "-L", "lab-root", "-m", "0", "-O", "^metadata_csum_seed,^orphan_file"]
     extended = ["-E", "lazy_itable_init=0,lazy_journal_init=1", "-J", "size=32", "-N", "262144"]
-    _run([*_in_root_namespace(), "mke2fs", *options, *extended, "-d", str(root), str(target)], log)
+    run([*in_root_namespace(), "mke2fs", *options, *extended, "-d", str(root), str(target)], log)

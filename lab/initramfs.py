@@ -8,6 +8,7 @@ archive behind the first. Pure but for reading the files that go in.
 
 from __future__ import annotations
 
+import lzma
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -77,11 +78,17 @@ def load_order(modules_dep: str, wanted: Iterable[str]) -> list[str]:
     return order
 
 
+def _module(path: Path) -> bytes:
+    """A module as busybox can load it: newer kernels come with compressed ones."""
+    content = path.read_bytes()
+    return lzma.decompress(content) if path.suffix == ".xz" else content
+
+
 def build(root: Path, release: str, init: bytes) -> bytes:
     """The archive for the kernel `release` installed under `root`, with `init` as its first program."""
     modules = root / "lib/modules" / release
     order = load_order((modules / "modules.dep").read_text(), MODULES)
-    names = [PurePosixPath(path).name for path in order]
+    names = [PurePosixPath(path).name.removesuffix(".xz") for path in order]
     entries = [
         *(directory(name) for name in ("dev", "proc", "sys", "sysroot", "config")),
         regular("bin/busybox", (root / "usr/bin/busybox").read_bytes(), 0o755)
@@ -89,6 +96,6 @@ def build(root: Path, release: str, init: bytes) -> bytes:
         else regular("bin/busybox", (root / "bin/busybox").read_bytes(), 0o755),
         regular("init", init, 0o755),
         regular("modules/order", "".join(f"{name}\n" for name in names).encode()),
-        *(regular(f"modules/{name}", (modules / path).read_bytes()) for name, path in zip(names, order)),
+        *(regular(f"modules/{name}", _module(modules / path)) for name, path in zip(names, order)),
     ]
     return cpio(with_parents(entries))

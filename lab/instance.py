@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, TypeVar
 
-from lab import guestconfig, image, paths, ports, qemu
+from lab import guestconfig, image, kernels, paths, ports, qemu
 from lab.compare import Comparison, compare_files
 from lab.disks import DISKS, VM_NAMES, disk_by_number
 from lab.errors import LabError
 from lab.guest import Guest
+from lab.kernels import Kernel
 from lab.waiting import wait
 
 T = TypeVar("T")
@@ -42,12 +43,16 @@ class Completed:
 
 
 class Lab:
-    """The instance `name` (BMIGRATE_LAB, or `default`)."""
+    """The instance `name` (BMIGRATE_LAB, or `default`).
+
+    A new one gets `kernel` (or the one in BMIGRATE_LAB_KERNEL) instead of the image's own, and keeps it.
+    """
 
     vms = VM_NAMES
 
-    def __init__(self, name: str | None = None) -> None:
+    def __init__(self, name: str | None = None, kernel: Kernel | None = None) -> None:
         self.name = name or paths.instance_name()
+        self._wanted_kernel = kernel
         self.directory = paths.instance_directory(self.name)
 
     # -- files of the instance ---------------------------------------------------------------------------------
@@ -90,7 +95,12 @@ class Lab:
         other = next(vm for vm in VM_NAMES if vm != name)
         own = qemu.Ports(**facts["ports"][name])
         label = f"bmigrate-{self.name}-{name}"
-        return Guest(name, self.directory / name, label, own, facts["ports"][other]["lan"])
+        return Guest(name, self.directory / name, label, own, facts["ports"][other]["lan"], self._kernel())
+
+    def _kernel(self) -> Kernel | None:
+        """The kernel of its guests, if it is not the image's own."""
+        directory = self._facts().get("kernel")
+        return Kernel(Path(directory)) if directory else None
 
     def _guests(self, names: Iterable[str] | None = None) -> list[Guest]:
         return [self.guest(name) for name in (names or VM_NAMES)]
@@ -113,6 +123,7 @@ class Lab:
             raise LabError(f"lab {self.name}: its image {base.directory} is gone: run `python3 -m lab down`, then up")
         if not self.exists():
             self._write_instance(base)
+        kernel = self._kernel()
         for guest in self._guests():
             own = self.directory / "keys" / guest.name
             archive = guestconfig.archive(
@@ -121,6 +132,7 @@ class Lab:
                 own.read_bytes(),
                 own.with_suffix(".pub").read_bytes(),
                 self.key.with_suffix(".pub").read_bytes(),
+                kernel.release if kernel else "",
             )
             guest.create(base, archive)
 
@@ -144,7 +156,11 @@ class Lab:
             config += _ssh_config(name, chosen[name]["ssh"], self.key, self.known_hosts, self.directory)
         self.known_hosts.write_text(known)
         self.ssh_config.write_text(config)
-        facts = {"name": self.name, "image": str(base.directory), "ports": chosen}
+        facts: dict[str, Any] = {"name": self.name, "image": str(base.directory), "ports": chosen}
+        kernel = self._wanted_kernel or kernels.chosen()
+        if kernel:
+            facts["kernel"] = str(Kernel(kernel.directory.resolve()).directory)
+            image.say(f"the guests of {self.name} get the kernel {kernel.release}")
         temporary = self.directory / "instance.json.new"
         temporary.write_text(json.dumps(facts, indent=1) + "\n")
         temporary.replace(self.directory / "instance.json")

@@ -49,8 +49,13 @@ def can_virtualise() -> bool:
     return bool(words & {"vmx", "svm"}) and os.access("/dev/kvm", os.R_OK | os.W_OK)
 
 
-def arguments(vm: str, index: int, ports: Ports, peer_lan_port: int, kernel: Path, label: str) -> list[str]:
-    """The argv that starts the guest `vm` in its own directory, where all files named here without a path are."""
+def arguments(
+    vm: str, index: int, ports: Ports, peer_lan_port: int, kernel: Path, label: str, modules: Path | None = None
+) -> list[str]:
+    """The argv that starts the guest `vm` in its own directory, where all files named here without a path are.
+
+    modules: a file system that the guest sees as a read-only disk behind all others.
+    """
     cpus = os.environ.get("BMIGRATE_LAB_CPUS", "2")
     memory = os.environ.get("BMIGRATE_LAB_MEMORY_MIB", "1024")
     forward = f"hostfwd=tcp:127.0.0.1:{ports.ssh}-10.0.2.15:22,hostfwd=tcp:127.0.0.1:{ports.postgresql}-10.0.2.15:5432"
@@ -94,6 +99,10 @@ def arguments(vm: str, index: int, ports: Ports, peer_lan_port: int, kernel: Pat
             f"virtio-blk-pci,drive=disk{disk.number},serial={disk.serial(vm)},"
             f"logical_block_size={disk.block_bytes},physical_block_size={disk.block_bytes}",
         ]
+    if modules:
+        file = f"file.driver=file,file.filename={modules}"
+        argv += ["-blockdev", f"driver=raw,node-name=modules,read-only=on,{file}"]
+        argv += ["-device", "virtio-blk-pci,drive=modules,serial=bm-modules"]
     return argv
 
 

@@ -33,6 +33,13 @@
 #define rq_complete_status_t int
 #endif
 
+/* What bio_op() and req_op() give. */
+#ifdef HAVE_ENUM_REQ_OP
+#define req_op_t enum req_op
+#else
+#define req_op_t unsigned int
+#endif
+
 /* The disk of a request. NULL for a queue without one, so test it. */
 static inline struct gendisk *compat_rq_disk(struct request *rq)
 {
@@ -85,7 +92,7 @@ static inline bool compat_has_rw_page(struct gendisk *disk)
 #define compat_in_hardirq()	in_irq()
 #endif
 
-static inline bool compat_is_write_same(unsigned int op)
+static inline bool compat_is_write_same(req_op_t op)
 {
 #ifdef HAVE_WRITE_SAME
 	return op == REQ_OP_WRITE_SAME;

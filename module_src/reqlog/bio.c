@@ -152,7 +152,7 @@ static void wrap(struct bio *bio)
 	u32 nr_sectors = DIV_ROUND_UP(bio->bi_iter.bi_size, SECTOR_SIZE);
 	struct wrapper *wrapper;
 
-	if (!op_is_write(bio_op(bio)) || !nr_sectors ||
+	if (!op_is_write(bio->bi_opf) || !nr_sectors ||
 	    !reqlog_wants_bio(disk, bio->bi_iter.bi_sector, nr_sectors))
 		return;
 	wrapper = mempool_alloc(wrappers, GFP_NOWAIT | __GFP_NOWARN);

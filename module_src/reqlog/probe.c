@@ -22,7 +22,7 @@
 
 static struct tracepoint *rq_complete;
 
-u8 reqlog_op(unsigned int op)
+u8 reqlog_op(req_op_t op)
 {
 	switch (op) {
 	case REQ_OP_WRITE:
@@ -140,7 +140,7 @@ static void log_request(struct reqlog_attachment *att, struct request *rq,
  */
 static bool passthrough_may_write(struct request *rq)
 {
-	return op_is_write(req_op(rq)) || !blk_rq_bytes(rq);
+	return op_is_write(rq->cmd_flags) || !blk_rq_bytes(rq);
 }
 
 /*
@@ -162,7 +162,7 @@ static void probe_rq_complete(void *unused, struct request *rq,
 
 	if (!disk)
 		return;
-	if (passthrough ? !passthrough_may_write(rq) : !op_is_write(req_op(rq)))
+	if (passthrough ? !passthrough_may_write(rq) : !op_is_write(rq->cmd_flags))
 		return;
 
 	/*

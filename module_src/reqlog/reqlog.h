@@ -88,7 +88,7 @@ int reqlog_identify(struct reqlog_attachment *att, struct reqlog_attach *request
 bool reqlog_disk_gone(const struct reqlog_attachment *att);
 
 /* probe.c */
-u8 reqlog_op(unsigned int op);
+u8 reqlog_op(req_op_t op);
 /* Any context. The attachments of a bio-based disk: a range, what was not seen. */
 bool reqlog_wants_bio(struct gendisk *disk, sector_t sector, u64 nr_sectors);
 void reqlog_log_disk(struct gendisk *disk, sector_t sector, u64 nr_sectors,
