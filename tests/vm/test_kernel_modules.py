@@ -189,9 +189,9 @@ def test_attach_and_detach_under_load(bench: Bench) -> None:
 
 def test_passthrough_marks_the_whole_volume(bench: Bench) -> None:
     result = bench.case("devices", "passthrough")
-    status, marks, passed_at_once, whole, flags = result["inquiry"]
-    assert (status, marks, passed_at_once, whole, flags) == (0, 0, True, False, [])
-    for name in ("write", "test unit ready"):
+    for name in ("inquiry", "test unit ready", "synchronize cache"):
+        assert result[name] == [0, 0, True, False, []], result
+    for name in ("write", "write zeroes without data"):
         status, marks, passed_at_once, whole, flags = result[name]
         assert status == 0 and marks >= 1 and not passed_at_once and whole and flags == [1], result
 

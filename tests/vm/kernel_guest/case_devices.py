@@ -71,10 +71,10 @@ def _whole(batches: list[Batch], attachment: Attachment) -> bool:
 
 
 def passthrough(device: str) -> dict[str, Any]:
-    """A command past the block layer marks everything, unless it only brings data; a barrier waits for the mark.
+    """A command past the block layer marks everything, unless it is known to change nothing; a barrier waits for the mark.
 
     The disk is locked against udev: it has the kernel read the partition table again whenever a writer closes the
-    disk, and for that sd sends a TEST UNIT READY of its own, at a moment of its own.
+    disk, and for that sd sends commands of its own, at a moment of its own.
     """
     with _scsi_disk() as disk, _locked(disk), _attachment_of(disk) as (attachment, control, channel):
         results: dict[str, Any] = {}
@@ -97,7 +97,9 @@ def passthrough(device: str) -> dict[str, Any]:
 
         send("inquiry", bytes([0x12, 0, 0, 0, 96, 0]), FROM_DEVICE, bytes(96))
         send("write", bytes([0x2A, 0, 0, 0, 0, 5, 0, 0, 1, 0]), TO_DEVICE, os.urandom(512))
+        send("write zeroes without data", bytes([0x93, 1, *bytes(7), 9, 0, 0, 0, 1, 0, 0]), NO_DATA)
         send("test unit ready", bytes(6), NO_DATA)
+        send("synchronize cache", bytes([0x35, *bytes(9)]), NO_DATA)
         return results
 
 

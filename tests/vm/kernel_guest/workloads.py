@@ -15,6 +15,7 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 
 from tests.vm.kernel_guest.command import run
 from tests.vm.kernel_guest.tracker import SECTOR
@@ -87,7 +88,11 @@ class RawWriter:
 
     def close(self) -> None:
         """Write back what is buffered."""
-        os.fsync(self.buffered)
+        try:
+            os.fsync(self.buffered)
+        except OSError as error:
+            if error.errno != errno.EIO or not self.may_fail:
+                raise
         for fd in (self.direct, self.forced, self.buffered):
             os.close(fd)
 
@@ -112,14 +117,13 @@ def raw(
     done: Counter[str] = Counter()
 
     def work(number: int) -> None:
-        writer = RawWriter(path, seed * 100 + number, kinds, may_fail)
         try:
-            for _ in range(operations // threads):
-                writer.one()
+            with closing(RawWriter(path, seed * 100 + number, kinds, may_fail)) as writer:
+                for _ in range(operations // threads):
+                    writer.one()
         except BaseException as error:
             failures.append(error)
-        finally:
-            writer.close()
+        else:
             done.update(writer.done)
 
     workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
