@@ -95,9 +95,10 @@ class Lab:
         other = next(vm for vm in VM_NAMES if vm != name)
         own = qemu.Ports(**facts["ports"][name])
         label = f"bmigrate-{self.name}-{name}"
-        return Guest(name, self.directory / name, label, own, facts["ports"][other]["lan"], self._kernel())
+        return Guest(name, self.directory / name, label, own, facts["ports"][other]["lan"], self.kernel)
 
-    def _kernel(self) -> Kernel | None:
+    @property
+    def kernel(self) -> Kernel | None:
         """The kernel of its guests, if it is not the image's own."""
         directory = self._facts().get("kernel")
         return Kernel(Path(directory)) if directory else None
@@ -123,7 +124,7 @@ class Lab:
             raise LabError(f"lab {self.name}: its image {base.directory} is gone: run `python3 -m lab down`, then up")
         if not self.exists():
             self._write_instance(base)
-        kernel = self._kernel()
+        kernel = self.kernel
         for guest in self._guests():
             own = self.directory / "keys" / guest.name
             archive = guestconfig.archive(

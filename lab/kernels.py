@@ -32,6 +32,7 @@ from lab.errors import LabError
 from lab.kernelindex import SERIES
 from lab.paths import RECIPE, REPOSITORY, cache_directory
 
+MODULES = ("bufflink.ko", "reqlog.ko")
 # Of a compiler's or a checker's line. What the kernel's build says of the machine and not of the modules is excused.
 _COMPLAINT = re.compile(r"\b(warning|error):", re.IGNORECASE)
 _EXCUSED = re.compile(r"(the compiler|pahole version) differs from the one used")
@@ -98,12 +99,15 @@ class Kernel:
                 said = done.stdout.decode(errors="replace")
                 if done.returncode:
                     raise LabError(f"building for {self.release} failed:\n{said}")
-                modules = run("tar", "cf", "-", "-C", f"/{inside}", "bufflink.ko", "reqlog.ko").stdout
+                modules = run("tar", "cf", "-", "-C", f"/{inside}", *MODULES).stdout
             finally:
                 run("rm", "-rf", f"/{inside}", check=False)
         target.mkdir(parents=True, exist_ok=True)
         with tarfile.open(fileobj=io.BytesIO(modules)) as archive:
-            archive.extractall(target, filter="data")
+            for name in MODULES:
+                member = archive.extractfile(name)
+                assert member
+                (target / name).write_bytes(member.read())
         return said
 
     def complaints(self, source: Path, target: Path) -> list[str]:

@@ -39,8 +39,10 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Add the guests' consoles to the report of a failed test that used them."""
     report = yield
-    if report.failed and "lab" in getattr(item, "fixturenames", ()):
-        box = Lab(LAB_NAME)
+    # Tests of other kernels have a lab of their own.
+    bench = getattr(item, "funcargs", {}).get("bench")
+    if report.failed and (bench or "lab" in getattr(item, "fixturenames", ())):
+        box = bench.lab if bench else Lab(LAB_NAME)
         for name in box.vms:
             try:
                 report.sections.append((f"console of {name}", box.console(name, 8)))

@@ -59,6 +59,8 @@ UNLOAD = (
 def build(lab: Lab, directory: Path, name: str = "modules", **variables: str) -> dict[str, Path]:
     """Build the modules for the guests' kernel: on this machine if it has the headers, else in the guest.
 
+    A kernel that is not the image's own has a root with headers and compiler.
+
     variables: for make. Returns the path of each .ko, without debug sections.
     """
     release = lab.ssh(HOST, "uname -r").stdout.strip()
@@ -66,7 +68,10 @@ def build(lab: Lab, directory: Path, name: str = "modules", **variables: str) ->
     shutil.copytree(ROOT / "module_src", target, ignore=shutil.ignore_patterns("*.ko", "*.o", "*.mod*", "*.cmd"))
     settings = [f"{key}={value}" for key, value in variables.items()]
     headers = Path("/lib/modules", release, "build")
-    if headers.is_dir():
+    if lab.kernel:
+        assert lab.kernel.release == release
+        lab.kernel.build(target, target, *settings)
+    elif headers.is_dir():
         make = ["make", "-C", str(target), f"KDIR={headers}", *settings]
         done = subprocess.run(make, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
