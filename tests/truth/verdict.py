@@ -18,6 +18,8 @@ def problems(row: dict[str, Any]) -> list[str]:
         row: what the guest's matrix.py printed, with all operations.
     """
     kind = row["kind"]
+    if "error" in row:
+        return [f"{kind}: {row['error']}"]
     if "absent" in row:
         return [] if row["absent"] else [f"{kind}: absent, and nobody knows why"]
     if "refused" in row:

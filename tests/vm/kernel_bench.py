@@ -63,47 +63,36 @@ def build(lab: Lab, directory: Path, name: str = "modules", **variables: str) ->
 
     variables: for make. Returns the path of each .ko, without debug sections.
     """
+    return _build(lab, ROOT / "module_src", directory / name, ("bufflink", "reqlog"), variables)
+
+
+def build_driver(lab: Lab, directory: Path) -> Path:
+    """Build the test disk for the guests' kernel, in the same way; the path of bmtest.ko."""
+    return _build(lab, ROOT / "tests/driver", directory / "driver", ("bmtest",), {})["bmtest"]
+
+
+def _build(lab: Lab, source: Path, target: Path, names: tuple[str, ...], variables: dict[str, str]) -> dict[str, Path]:
     release = lab.ssh(HOST, "uname -r").stdout.strip()
-    target = directory / name
-    shutil.copytree(ROOT / "module_src", target, ignore=shutil.ignore_patterns("*.ko", "*.o", "*.mod*", "*.cmd"))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.ko", "*.o", "*.mod*", "*.cmd"))
     settings = [f"{key}={value}" for key, value in variables.items()]
     headers = Path("/lib/modules", release, "build")
     if lab.kernel:
         assert lab.kernel.release == release
-        lab.kernel.build(target, target, *settings)
+        lab.kernel.build(target, target, *settings, modules=tuple(f"{module}.ko" for module in names))
     elif headers.is_dir():
         make = ["make", "-C", str(target), f"KDIR={headers}", *settings]
         done = subprocess.run(make, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     else:
-        remote = f"{DIRECTORY}/build-{name}"
+        remote = f"{DIRECTORY}/build-{target.name}"
         lab.ssh(HOST, f"rm -rf {remote}; mkdir -p {remote}")
         unpack(lab, {str(p.relative_to(target)): p for p in target.rglob("*") if p.is_file()}, remote)
         lab.ssh(HOST, shlex.join(["make", "-C", remote, *settings]), timeout=600)
-        for module in ("bufflink", "reqlog"):
+        for module in names:
             lab.get(HOST, f"{remote}/{module}.ko", target / f"{module}.ko")
-    modules = {module: target / f"{module}.ko" for module in ("bufflink", "reqlog")}
+    modules = {module: target / f"{module}.ko" for module in names}
     subprocess.run(["strip", "--strip-debug", *map(str, modules.values())], check=True)
     return modules
-
-
-def build_driver(lab: Lab, directory: Path) -> Path:
-    """Build the test disk in tests/driver for the guests' kernel, in the same way; the path of bmtest.ko."""
-    release = lab.ssh(HOST, "uname -r").stdout.strip()
-    target = directory / "driver"
-    shutil.copytree(ROOT / "tests/driver", target, ignore=shutil.ignore_patterns("*.ko", "*.o", "*.mod*", "*.cmd"))
-    headers = Path("/lib/modules", release, "build")
-    if headers.is_dir():
-        done = subprocess.run(["make", "-C", str(target), f"KDIR={headers}"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    else:
-        remote = f"{DIRECTORY}/build-driver"
-        lab.ssh(HOST, f"rm -rf {remote}; mkdir -p {remote}")
-        unpack(lab, {p.name: p for p in target.iterdir() if p.is_file()}, remote)
-        lab.ssh(HOST, f"make -C {remote}", timeout=600)
-        lab.get(HOST, f"{remote}/bmtest.ko", target / "bmtest.ko")
-    subprocess.run(["strip", "--strip-debug", str(target / "bmtest.ko")], check=True)
-    return target / "bmtest.ko"
 
 
 def unpack(lab: Lab, files: dict[str, Path], directory: str) -> None:
@@ -184,10 +173,9 @@ class Bench:
         result: dict[str, Any] = json.loads(output)
         return result
 
-    def row(self, kind: str, seed: int, operations: Iterable[str] = ()) -> dict[str, Any]:
-        """A row of the truth table: the operations, by default all, on a device of this kind; see matrix.py."""
-        chosen = ["--operations", ",".join(operations)] if operations else []
-        result: dict[str, Any] = json.loads(self.watched("matrix", kind, "--seed", str(seed), *chosen))
+    def rows(self, kinds: Iterable[str], seed: int) -> dict[str, dict[str, Any]]:
+        """Rows of the truth table: each operation on a device of each of these kinds; see matrix.py."""
+        result: dict[str, dict[str, Any]] = json.loads(self.watched("matrix", *kinds, "--seed", str(seed)))
         return result
 
     def race(self, seed: int) -> dict[str, Any]:
@@ -197,7 +185,7 @@ class Bench:
 
     def watched(self, program: str, *argv: str) -> str:
         """A guest program that must succeed and leave no trace of trouble in the kernel log. Its last line."""
-        answer = self.python("-m", "tests.vm.kernel_guest.watched", program, *argv, timeout=850).stdout
+        answer = self.python("-m", "tests.vm.kernel_guest.watched", program, *argv, timeout=1700).stdout
         done = json.loads(answer.strip().splitlines()[-1])
         log = "\n".join(done["log"])
         assert done["status"] == 0, f"{program} {' '.join(argv)}:\n{done['output']}{done['errors']}\nkernel log:\n{log}"

@@ -71,7 +71,7 @@ def _whole(batches: list[Batch], attachment: Attachment) -> bool:
 
 
 def passthrough(device: str) -> dict[str, Any]:
-    """A command past the block layer marks everything, unless it is known to change nothing; a barrier waits for the mark.
+    """A command past the block layer marks everything, unless it is known to change nothing; a barrier waits for it.
 
     The disk is locked against udev: it has the kernel read the partition table again whenever a writer closes the
     disk, and for that sd sends commands of its own, at a moment of its own.

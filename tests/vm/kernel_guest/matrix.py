@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""In a guest: make a device of a kind, attach it, and put each operation to the test. Prints one JSON object.
+"""In a guest: make devices of some kinds, one after the other, attach each, and put each operation to the test.
 
-usage: matrix.py KIND --seed N [--operations NAME,...]
+usage: matrix.py KIND... --seed N [--operations NAME,...]
+
+Prints {kind: row}; a row that could not be made has the error that ended it, and the others are made all the same.
 
 For each operation alone: what the device holds before and after, against what the log said in between, with a reader at
-work. The volumes below the device that can be attached beside it are, and are compared as well. Promises that a row has a
-cell for each operation, with the numbers or with the reason why there are none.
+work. The volumes below the device that can be attached beside it are, and are compared as well. Promises that a row has
+a cell for each operation, with the numbers or with the reason why there are none.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
+import traceback
 from typing import Any
 
 from bmigrate.kernel.errors import AttachRefused
@@ -71,12 +73,18 @@ def cells(watch: Watch, kind: str, path: str, seed: int, operations: list[str]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=sorted(devices.KINDS))
+    parser.add_argument("kinds", nargs="+", choices=sorted(devices.KINDS))
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--operations", default=",".join(OPERATIONS))
     options = parser.parse_args()
-    result = row(options.kind, options.seed, options.operations.split(","))
-    print(json.dumps({"kind": options.kind, "kernel": os.uname().release, "seed": options.seed, **result}))
+    rows: dict[str, Any] = {}
+    for kind in options.kinds:
+        try:
+            rows[kind] = row(kind, options.seed, options.operations.split(","))
+        except Exception:
+            rows[kind] = {"error": traceback.format_exc()}
+        rows[kind]["kind"] = kind
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":

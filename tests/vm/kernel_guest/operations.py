@@ -21,7 +21,8 @@ from tests.vm.kernel_guest import passthrough, workloads
 from tests.vm.kernel_guest.command import run
 from tests.vm.kernel_guest.devices import BMTEST_PARAMETERS, set_bmtest
 
-WRITES = 60
+WRITES = 40
+FILES = 40
 MADV_PAGEOUT = 21
 PAGE = mmap.PAGESIZE
 XFS_BYTES = 16 << 20
@@ -86,7 +87,7 @@ def _fio(engine: str) -> Callable[[Target], Done]:
             "--rw=randwrite",
             "--bsrange=4k-128k",
             "--direct=1",
-            f"--io_size={6 << 20}",
+            f"--io_size={4 << 20}",
             f"--ioengine={engine}",
             "--iodepth=16",
             "--thread",
@@ -176,7 +177,7 @@ def _swapped_bytes(path: str) -> int:
 
 def _swap(target: Target) -> Done:
     """Anonymous memory with random content goes out to the device and comes back as it was."""
-    size = min(6 << 20, target.size() // 3)
+    size = min(4 << 20, target.size() // 3)
     run("mkswap", target.path)
     run("swapon", "--priority", "32000", target.path)
     try:
@@ -214,10 +215,10 @@ def _filesystem(kind: str) -> Callable[[Target], Done]:
         if kind == "xfs" and target.size() < XFS_BYTES:
             raise NotOffered("the device is too small for one")
         with _environment(SMALL_XFS):
-            filesystem = workloads.Filesystem(target.path, target.seed, kind, 60, trim=_discards(target.path))
+            filesystem = workloads.Filesystem(target.path, target.seed, kind, FILES, trim=_discards(target.path))
             filesystem.prepare()
             filesystem.work()
-        return {"files": 60, "fstrim": int(filesystem.trim)}
+        return {"files": FILES, "fstrim": int(filesystem.trim)}
 
     return do
 
