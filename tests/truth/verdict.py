@@ -47,7 +47,7 @@ def _of_cell(kind: str, name: str, cell: dict[str, Any]) -> list[str]:
         found.append("the volume is blind")
     if not cell["changed"] and name not in MAY_CHANGE_NOTHING:
         found.append(f"nothing changed, so nothing is shown; done: {cell['done']}")
-    if name in EXACT and not cell["widened"] and cell["marked"] > EXACT_RATIO * cell["changed"]:
+    elif name in EXACT and not cell["widened"] and cell["marked"] > EXACT_RATIO * cell["changed"]:
         found.append(f"{cell['marked']} sectors were marked where {cell['changed']} changed")
     for below in cell["below"]:
         if below["missed"] and (kind, name) not in OPEN_LIMITS:
