@@ -21,7 +21,7 @@ from typing import Any
 
 from lab import Lab, LabError
 from tests.truth import table, verdict
-from tests.truth.catalogue import DEVICES
+from tests.truth.catalogue import DEVICES, OPERATIONS
 from tests.vm.kernel_bench import HOST, Bench, bench_of
 
 SEED = int(os.environ.get("BMIGRATE_SEED", "20260702"))
@@ -31,7 +31,7 @@ SEED = int(os.environ.get("BMIGRATE_SEED", "20260702"))
 TOGETHER = 4
 
 
-def measure(bench: Bench, kinds: list[str]) -> list[str]:
+def measure(bench: Bench, kinds: list[str], operations: list[str]) -> list[str]:
     """Make the rows of these kinds of devices, run the race, keep what is good; what is wrong."""
     kernel = bench.ssh("uname -r").stdout.strip()
     found: list[str] = []
@@ -45,11 +45,11 @@ def measure(bench: Bench, kinds: list[str]) -> list[str]:
     for first in range(0, len(kinds), TOGETHER):
         some, began = kinds[first : first + TOGETHER], time.monotonic()
         try:
-            rows = bench.rows(some, SEED)
+            rows = bench.rows(some, SEED, operations)
         except (AssertionError, LabError) as error:
             note(", ".join(some), [str(error)], began)
             continue
-        wrong = {kind: verdict.problems(row) for kind, row in rows.items()}
+        wrong = {kind: verdict.problems(row, operations) for kind, row in rows.items()}
         keep(kernel, rows={kind: row for kind, row in rows.items() if not wrong[kind]})
         note(", ".join(some), [line for kind in some for line in wrong[kind]], began)
     began = time.monotonic()
@@ -60,7 +60,7 @@ def measure(bench: Bench, kinds: list[str]) -> list[str]:
 
 
 def keep(kernel: str, rows: dict[str, Any] | None = None, race: dict[str, Any] | None = None) -> None:
-    """Store results, and leave those of other devices on the same series of kernels as they are."""
+    """Store results; those of other devices and operations on the same series of kernels stay as they are."""
     series = ".".join(re.findall(r"\d+", kernel)[:2])
     everything = table.ROOT / f"artifacts/truth/{series}.json"
     everything.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,12 @@ def keep(kernel: str, rows: dict[str, Any] | None = None, race: dict[str, Any] |
     everything.write_text(json.dumps({**raw, **(rows or {}), **({"race": race} if race else {})}, indent=1) + "\n")
     path = table.RESULTS / f"{series}.json"
     kept = json.loads(path.read_text()) if path.exists() else {"rows": {}, "race": {}}
-    kept["rows"].update({kind: verdict.summary(row) for kind, row in (rows or {}).items()})
+    for kind, row in (rows or {}).items():
+        new, old = verdict.summary(row), kept["rows"].get(kind, {})
+        if "cells" in new and "cells" in old:
+            cells = {**old["cells"], **new["cells"]}
+            new["cells"] = {name: cells[name] for name in OPERATIONS if name in cells}
+        kept["rows"][kind] = new
     if race:
         kept["race"] = {key: race[key] for key in ("reads", "reads_in_flight", "wrong_sectors")}
     ordered = [(kind, kept["rows"][kind]) for kind in DEVICES if kind in kept["rows"]]
@@ -79,7 +84,8 @@ def keep(kernel: str, rows: dict[str, Any] | None = None, race: dict[str, Any] |
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.truth", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", action="append", choices=list(DEVICES), help="this kind of device; more than once")
+    parser.add_argument("--only", action="append", choices=list(DEVICES), help="this device; more than once")
+    parser.add_argument("--operation", action="append", choices=list(OPERATIONS), help="this one; more than once")
     options = parser.parse_args()
     os.environ.setdefault("BMIGRATE_LAB", "truth")
     lab = Lab()
@@ -87,7 +93,7 @@ def main() -> int:
     try:
         lab.up([HOST])
         with tempfile.TemporaryDirectory() as scratch, bench_of(lab, Path(scratch)) as bench:
-            found = measure(bench, options.only or list(DEVICES))
+            found = measure(bench, options.only or list(DEVICES), options.operation or list(OPERATIONS))
         table.main()
         print(f"{len(options.only or DEVICES)} kinds of devices: {len(found)} problems")
     finally:

@@ -50,8 +50,10 @@ OPERATIONS = {
     "io_uring": "io_uring",
     "mmap": "mmap, msync",
     "swap": "swap",
-    "ext4": "ext4, fstrim",
-    "xfs": "xfs, fstrim",
+    "ext4": "ext4, discard",
+    "xfs": "xfs, discard",
+    "ext4-fstrim": "ext4, fstrim",
+    "xfs-fstrim": "xfs, fstrim",
     "discard": "discard",
     "zeroes": "write-zeroes",
     "erase": "secure erase",
@@ -60,9 +62,10 @@ OPERATIONS = {
     "failed": "failed writes",
 }
 
-# Two tables, so that each fits a page.
+# Three tables, so that each fits a page.
 COLUMNS = (
-    ("write", "fua", "buffered", "aio", "io_uring", "mmap", "swap", "ext4", "xfs"),
+    ("write", "fua", "buffered", "aio", "io_uring", "mmap", "swap"),
+    ("ext4", "xfs", "ext4-fstrim", "xfs-fstrim"),
     ("discard", "zeroes", "erase", "passthrough", "partial", "failed"),
 )
 

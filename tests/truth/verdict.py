@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from tests.truth.catalogue import EXACT, EXACT_RATIO, MAY_CHANGE_NOTHING, OPEN_LIMITS, OPERATIONS
@@ -11,11 +12,11 @@ from tests.truth.catalogue import EXACT, EXACT_RATIO, MAY_CHANGE_NOTHING, OPEN_L
 REFUSALS = {"brd": {"rw_page"}, "zram": {"rw_page"}, "zoned": {"zoned"}, "pmem": {"dax", "rw_page"}}
 
 
-def problems(row: dict[str, Any]) -> list[str]:
+def problems(row: dict[str, Any], operations: Iterable[str] = OPERATIONS) -> list[str]:
     """Everything in a row that must not be, in words; empty if the row is good.
 
     Args:
-        row: what the guest's matrix.py printed, with all operations.
+        row: what the guest's matrix.py printed. operations: those that it was to have.
     """
     kind = row["kind"]
     if "error" in row:
@@ -28,7 +29,7 @@ def problems(row: dict[str, Any]) -> list[str]:
         return found + [f"{kind}: the refusal has no {key}" for key in ("message", "hint") if not refused[key]]
     if kind in ("zoned", "pmem"):
         return [f"{kind}: must be refused"]
-    found = [f"{kind}: no cell for {name}" for name in OPERATIONS if name not in row["cells"]]
+    found = [f"{kind}: no cell for {name}" for name in operations if name not in row["cells"]]
     for name, cell in row["cells"].items():
         found += [f"{kind}, {name}: {text}" for text in _of_cell(kind, name, cell)]
     return found
@@ -59,7 +60,7 @@ def _of_cell(kind: str, name: str, cell: dict[str, Any]) -> list[str]:
 
 def summary(row: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a row: the numbers of the table, and nothing that differs from machine to machine."""
-    kept = {key: row[key] for key in ("refused", "absent") if key in row}
+    kept: dict[str, Any] = {key: row[key] for key in ("refused", "absent") if key in row}
     if "cells" not in row:
         return kept
     cells: dict[str, Any] = {}

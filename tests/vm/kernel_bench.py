@@ -173,9 +173,10 @@ class Bench:
         result: dict[str, Any] = json.loads(output)
         return result
 
-    def rows(self, kinds: Iterable[str], seed: int) -> dict[str, dict[str, Any]]:
-        """Rows of the truth table: each operation on a device of each of these kinds; see matrix.py."""
-        result: dict[str, dict[str, Any]] = json.loads(self.watched("matrix", *kinds, "--seed", str(seed)))
+    def rows(self, kinds: Iterable[str], seed: int, operations: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+        """Rows of the truth table: the operations, or each, on a device of each of these kinds; see matrix.py."""
+        chosen = ["--operations", ",".join(operations)] if operations else []
+        result: dict[str, dict[str, Any]] = json.loads(self.watched("matrix", *kinds, "--seed", str(seed), *chosen))
         return result
 
     def race(self, seed: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from bmigrate.kernel.errors import AttachRefused
 from tests.vm.kernel_guest import devices
-from tests.vm.kernel_guest.operations import OPERATIONS, NotOffered, Target
+from tests.vm.kernel_guest.operations import OPERATIONS, NotOffered, Operation, Target
 from tests.vm.kernel_guest.watch import Watch
 
 
@@ -59,16 +59,37 @@ def cells(watch: Watch, kind: str, path: str, seed: int, operations: list[str]) 
         )
         began = time.monotonic()
         try:
-            with watch.step():
-                done = OPERATIONS[name](target)
+            done, before, after = carry_out(watch, OPERATIONS[name], target)
         except NotOffered as error:
             found[name] = {"not_offered": str(error)}
-            # mkfs and its like may have begun: what they did is no part of the next operation.
-            watch.verdicts()
             continue
-        volume, *below = watch.verdicts()
+        volume, *below = after
+        for now, earlier in zip(after, before):
+            now["missed"] += earlier["missed"]
         found[name] = {"done": done, **volume, "below": below, "seconds": round(time.monotonic() - began, 1)}
     return found
+
+
+Verdicts = list[dict[str, Any]]
+
+
+def carry_out(watch: Watch, operation: Operation, target: Target) -> tuple[dict[str, int], Verdicts, Verdicts]:
+    """What an operation did, and the verdicts on its preparations, if it made some, and on itself."""
+    with watch.step():
+        steps = operation(target)
+        if not isinstance(steps, dict):
+            next(steps)
+    if isinstance(steps, dict):
+        return steps, [], watch.verdicts()
+    prepared = watch.verdicts()
+    with watch.step():
+        try:
+            next(steps)
+        except StopIteration as end:
+            done = end.value
+        else:
+            raise RuntimeError("an operation has no more than two parts")
+    return done, prepared, watch.verdicts()
 
 
 def main() -> None:

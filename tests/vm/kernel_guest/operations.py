@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """In a guest: each way to change what a block device holds, alone and for a bounded time.
 
+An operation returns how often it did what. One that is a generator makes preparations before its `yield`: then the
+content is looked at, so that what they wrote cannot hide what the operation itself missed.
+
 Promises: an operation that returns was carried out, and says how often; one that the device does not take raises
 NotOffered with the reason. It must never do a bit of another operation to have something to show.
 """
@@ -12,7 +15,7 @@ import mmap
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +62,8 @@ class Target:
 
 
 Done = dict[str, int]
+Steps = Generator[None, None, Done]
+Operation = Callable[[Target], Done | Steps]
 
 
 def _raw(*kinds: str) -> Callable[[Target], Done]:
@@ -208,17 +213,20 @@ def _environment(extra: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _filesystem(kind: str) -> Callable[[Target], Done]:
-    """mkfs, files made, changed and removed, fstrim, unmount."""
+def _filesystem(kind: str, trim: bool = False) -> Operation:
+    """mkfs and files; then files changed and removed, and unmount. trim: by fstrim, and not mounted with discard."""
 
-    def do(target: Target) -> Done:
+    def do(target: Target) -> Steps:
         if kind == "xfs" and target.size() < XFS_BYTES:
             raise NotOffered("the device is too small for one")
+        if trim and not _discards(target.path):
+            raise NotOffered("the device takes no discards")
+        filesystem = workloads.Filesystem(target.path, target.seed, kind, FILES, trim)
         with _environment(SMALL_XFS):
-            filesystem = workloads.Filesystem(target.path, target.seed, kind, FILES, trim=_discards(target.path))
             filesystem.prepare()
-            filesystem.work()
-        return {"files": FILES, "fstrim": int(filesystem.trim)}
+        yield
+        filesystem.work()
+        return {"files": FILES}
 
     return do
 
@@ -231,8 +239,7 @@ def _discards(path: str) -> bool:
     return (queue / "queue/discard_max_bytes").read_text().strip() != "0"
 
 
-# In the order of the table. What leaves the device in pieces comes last.
-OPERATIONS: dict[str, Callable[[Target], Done]] = {
+OPERATIONS: dict[str, Operation] = {
     "write": _raw("write"),
     "fua": _raw("fua"),
     "buffered": _buffered,
@@ -247,5 +254,7 @@ OPERATIONS: dict[str, Callable[[Target], Done]] = {
     "swap": _swap,
     "ext4": _filesystem("ext4"),
     "xfs": _filesystem("xfs"),
+    "ext4-fstrim": _filesystem("ext4", trim=True),
+    "xfs-fstrim": _filesystem("xfs", trim=True),
     "passthrough": _passthrough,
 }

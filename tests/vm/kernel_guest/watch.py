@@ -26,24 +26,30 @@ from tests.vm.kernel_guest.tracker import LIMIT_SECONDS, fingerprints
 
 @dataclass
 class Volume:
-    """One attachment. `map`: sectors that the log had since the step began."""
+    """One attachment.
+
+    `map`: what the log had since the last look at the content began. `since`: the same, kept for the next look: what is
+    written while a look is under way may be in the content or not, and counts for both.
+    """
 
     path: str
     attachment: Attachment
     content: numpy.ndarray
     map: numpy.ndarray
+    since: numpy.ndarray
     counts: dict[str, int] = field(default_factory=dict)
     stats: AttachmentStats | None = None
 
     def clear(self) -> None:
         """Begin a step."""
-        self.map[:] = False
+        self.map[:] = self.since
         self.counts = {"records": 0, "widened": 0, "failed": 0}
 
     def note(self, sector: int, count: int, flags: int) -> None:
         """One record."""
         first = sector - self.attachment.start_sector
-        self.map[first : first + count] = True
+        for one in (self.map, self.since):
+            one[first : first + count] = True
         self.counts["records"] += 1
         self.counts["widened"] += bool(flags & abi.FLAG_WIDENED)
         self.counts["failed"] += bool(flags & abi.FLAG_FAILED)
@@ -72,7 +78,7 @@ class Watch:
             raise
         for path, one in zip(paths, attached):
             empty = numpy.zeros(one.sectors, dtype=bool)
-            self.volumes[one.slot] = Volume(path, one, fingerprints(path), empty)
+            self.volumes[one.slot] = Volume(path, one, fingerprints(path), empty, empty.copy())
 
     def read(self, limit_seconds: float = 0) -> None:
         """Take what is in the log, waiting so long for the first of it."""
@@ -103,7 +109,6 @@ class Watch:
     @contextmanager
     def step(self) -> Iterator[None]:
         """What happens in here is compared by `verdicts`; the log is read meanwhile."""
-        self.drain()
         for volume in self.volumes.values():
             volume.clear()
             volume.stats = self._stats(volume)
@@ -126,8 +131,10 @@ class Watch:
         os.sync()
         self.drain()
         found = []
+        for volume in self.volumes.values():
+            volume.since[:] = False
         now = {slot: fingerprints(volume.path) for slot, volume in self.volumes.items()}
-        # What was written between the barrier and the look at the content is in the content.
+        # What was written between the barrier and the end of the look is in the content, or will be in the next.
         self.drain()
         blind = {item.slot: item.blind for item in self.control.list()}
         for slot, volume in self.volumes.items():

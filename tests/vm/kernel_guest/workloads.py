@@ -152,11 +152,10 @@ class Raw:
 
 
 class Filesystem:
-    """Files made, changed, cut and removed on a file system mounted with discard.
+    """Files made, changed, cut and removed on a file system mounted with discard, or with an fstrim at the end.
 
     It is made and filled before the truth is read for the first time, so that the removal of old files is known by its
-    discards alone. fstrim marks nearly all of the device, and would hide what the discards before it missed: only on
-    request.
+    discards alone. fstrim marks nearly all of the device, and would hide what discards before it missed: never both.
     """
 
     def __init__(self, path: str, seed: int, kind: str, operations: int, trim: bool) -> None:
@@ -176,7 +175,7 @@ class Filesystem:
         options = {"ext4": ["-q", "-F", "-E", "nodiscard"], "xfs": ["-q", "-f", "-K"]}[self.kind]
         run(f"mkfs.{self.kind}", *options, self.path)
         os.makedirs(self.directory, exist_ok=True)
-        run("mount", "-o", "discard", self.path, self.directory)
+        run("mount", *(() if self.trim else ("-o", "discard")), self.path, self.directory)
         for number in range(self.operations):
             with open(f"{self.directory}/{number}", "wb") as file:
                 file.write(self.random.randbytes(self.random.randrange(1, 60_000)))
