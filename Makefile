@@ -10,7 +10,7 @@ export PYTHONPATH := src:.
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint bench lab-up lab-down test-unit test-vm test-kernels test-ansible test-mutants module clean
+.PHONY: help setup demo test lint truth bench lab-up lab-down test-unit test-vm test-kernels test-ansible test-mutants module clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ test-ansible: setup ## playbooks, molecule and ansible-runner on the lab's guest
 
 test-mutants: setup ## sabotage the programs on purpose and show which test notices
 	$(PY) -m tests.mutants
+
+# The memory that the last argument makes persistent is where a guest with DAX comes from.
+truth: setup ## compare the log with the truth for each kind of device and operation; writes docs/kernel.md
+	BMIGRATE_LAB_APPEND='memmap=16M!960M' $(PY) -m tests.truth
 
 bench: setup ## measure what tracking and shipping cost
 	$(PY) -m tests.bench

@@ -33,6 +33,7 @@ environment:
   BMIGRATE_LAB             name of the instance (default: default); instances do not disturb each other
   BMIGRATE_LAB_CPUS        processors of a guest (2)
   BMIGRATE_LAB_MEMORY_MIB  memory of a guest (1024)
+  BMIGRATE_LAB_APPEND      more arguments for the guests' kernel
   BMIGRATE_LAB_KERNEL      directory of another kernel for a new lab's guests: see kernels list
   BMIGRATE_LAB_BOOT_SECONDS  how long to wait for ssh (600)
   XDG_CACHE_HOME           images and instances are kept in its folder bmigrate (~/.cache)

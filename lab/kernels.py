@@ -82,7 +82,7 @@ class Kernel:
         """Where its headers and its compiler are."""
         return self.directory / "root"
 
-    def build(self, source: Path, target: Path, *arguments: str) -> str:
+    def build(self, source: Path, target: Path, *arguments: str, modules: tuple[str, ...] = MODULES) -> str:
         """Build the modules in `source` for this kernel, and put what came out into `target`; what make said.
 
         Raises:
@@ -99,12 +99,12 @@ class Kernel:
                 said = done.stdout.decode(errors="replace")
                 if done.returncode:
                     raise LabError(f"building for {self.release} failed:\n{said}")
-                modules = run("tar", "cf", "-", "-C", f"/{inside}", *MODULES).stdout
+                made = run("tar", "cf", "-", "-C", f"/{inside}", *modules).stdout
             finally:
                 run("rm", "-rf", f"/{inside}", check=False)
         target.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(fileobj=io.BytesIO(modules)) as archive:
-            for name in MODULES:
+        with tarfile.open(fileobj=io.BytesIO(made)) as archive:
+            for name in modules:
                 member = archive.extractfile(name)
                 assert member
                 (target / name).write_bytes(member.read())

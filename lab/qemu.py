@@ -70,6 +70,7 @@ def arguments(
     )
     # The guest must not measure its clock while the host is busy: see tscrate.py.
     clock = "" if can_virtualise() else tscrate.kernel_arguments(tscrate.measure_khz())
+    more = os.environ.get("BMIGRATE_LAB_APPEND", "")
     argv = [
         "qemu-system-x86_64",
         *("-name", label),
@@ -77,7 +78,7 @@ def arguments(
         *("-machine", "q35,sata=off,smbus=off,usb=off,vmport=off,hpet=off,i8042=off"),
         *accelerate,
         *("-smp", cpus, "-m", memory),
-        *("-kernel", str(kernel), "-initrd", "initramfs.cpio", "-append", f"{COMMAND_LINE} {clock}"),
+        *("-kernel", str(kernel), "-initrd", "initramfs.cpio", "-append", f"{COMMAND_LINE} {more} {clock}"),
         *("-chardev", "file,id=console,path=console.log,append=on", "-serial", "chardev:console"),
         *("-qmp", "unix:monitor.sock,server=on,wait=off"),
         *("-rtc", "base=utc", "-device", "virtio-rng-pci"),

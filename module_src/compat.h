@@ -15,6 +15,11 @@
 #include <linux/genhd.h>
 #endif
 
+#include <scsi/scsi_cmnd.h>
+#ifdef HAVE_SCSI_REQUEST
+#include <scsi/scsi_request.h>
+#endif
+
 #include "uapi/bufflink.h"
 #include "uapi/reqlog.h"
 
@@ -91,6 +96,16 @@ static inline bool compat_has_rw_page(struct gendisk *disk)
 #else
 #define compat_in_hardirq()	in_irq()
 #endif
+
+/* The operation code of a command for a SCSI disk. */
+static inline u8 compat_scsi_opcode(struct request *rq)
+{
+#ifdef HAVE_SCSI_REQUEST
+	return scsi_req(rq)->cmd[0];
+#else
+	return ((struct scsi_cmnd *)blk_mq_rq_to_pdu(rq))->cmnd[0];
+#endif
+}
 
 static inline bool compat_is_write_same(req_op_t op)
 {

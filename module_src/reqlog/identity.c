@@ -37,6 +37,14 @@ static bool is_stacked(struct gendisk *disk)
 	return is_bio_based(disk) || !strncmp(disk->disk_name, "dm-", 3);
 }
 
+/* By the bus of the device that the disk belongs to: sd is one of its drivers. */
+static bool is_scsi(struct gendisk *disk)
+{
+	struct device *parent = disk_to_dev(disk)->parent;
+
+	return parent && parent->bus && !strcmp(parent->bus->name, "scsi");
+}
+
 static bool is_gone(struct gendisk *disk)
 {
 	return !device_is_registered(disk_to_dev(disk));
@@ -64,10 +72,10 @@ static int check(struct block_device *bdev, u64 sectors,
 		return refuse(request, REQLOG_REASON_BIO_BASED, -EOPNOTSUPP);
 	if (bdev_is_zoned(bdev))
 		return refuse(request, REQLOG_REASON_ZONED, -EOPNOTSUPP);
-	if (compat_has_rw_page(disk))
-		return refuse(request, REQLOG_REASON_RW_PAGE, -EOPNOTSUPP);
 	if (blk_queue_dax(disk->queue))
 		return refuse(request, REQLOG_REASON_DAX, -EOPNOTSUPP);
+	if (compat_has_rw_page(disk))
+		return refuse(request, REQLOG_REASON_RW_PAGE, -EOPNOTSUPP);
 	if (request->sectors != sectors)
 		return refuse(request, REQLOG_REASON_SIZE, -ESTALE);
 	if (!sectors)
@@ -103,6 +111,7 @@ int reqlog_identify(struct reqlog_attachment *att,
 
 	att->partition = bdev_is_partition(bdev);
 	att->bio_based = is_bio_based(disk);
+	att->scsi = is_scsi(disk);
 	att->start = get_start_sect(bdev);
 	att->end = att->start + sectors;
 	att->dev = bdev->bd_dev;

@@ -144,6 +144,25 @@ static bool passthrough_may_write(struct request *rq)
 }
 
 /*
+ * Commands without data that sd sends by itself, some of them whenever a writer
+ * closes the disk (udev has the partitions read again). They change nothing, and
+ * to take them for a format would make a volume dirty all over each time.
+ */
+static bool scsi_changes_nothing(struct request *rq)
+{
+	switch (compat_scsi_opcode(rq)) {
+	case TEST_UNIT_READY:
+	case START_STOP:
+	case ALLOW_MEDIUM_REMOVAL:
+	case SYNCHRONIZE_CACHE:
+	case SYNCHRONIZE_CACHE_16:
+		return true;
+	default:
+		return false;
+	}
+}
+
+/*
  * A command through an nvme multipath head completes on one of its hidden paths.
  * Which head it was for is not known, so all of the driver's are taken.
  */
@@ -175,10 +194,10 @@ static void probe_rq_complete(void *unused, struct request *rq,
 			log_all(att, !!error);
 		if (att->disk != disk)
 			continue;
-		if (passthrough)
-			log_all(att, !!error);
-		else
+		if (!passthrough)
 			log_request(att, rq, !!error, nr_bytes);
+		else if (!att->scsi || !scsi_changes_nothing(rq))
+			log_all(att, !!error);
 	}
 	rcu_read_unlock();
 }

@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,28 +66,43 @@ def build(
     change: what to do to the copy of the sources; variables: for make. Returns the path of each .ko, without debug
     sections.
     """
+    return _build(lab, ROOT / "module_src", directory / name, ("bufflink", "reqlog"), variables, change)
+
+
+def build_driver(lab: Lab, directory: Path) -> Path:
+    """Build the test disk for the guests' kernel, in the same way; the path of bmtest.ko."""
+    return _build(lab, ROOT / "tests/driver", directory / "driver", ("bmtest",), {})["bmtest"]
+
+
+def _build(
+    lab: Lab,
+    source: Path,
+    target: Path,
+    names: tuple[str, ...],
+    variables: dict[str, str],
+    change: Callable[[Path], None] | None = None,
+) -> dict[str, Path]:
     release = lab.ssh(HOST, "uname -r").stdout.strip()
-    target = directory / name
-    shutil.copytree(ROOT / "module_src", target, ignore=shutil.ignore_patterns("*.ko", "*.o", "*.mod*", "*.cmd"))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.ko", "*.o", "*.mod*", "*.cmd"))
     if change is not None:
         change(target)
     settings = [f"{key}={value}" for key, value in variables.items()]
     headers = Path("/lib/modules", release, "build")
     if lab.kernel:
         assert lab.kernel.release == release
-        lab.kernel.build(target, target, *settings)
+        lab.kernel.build(target, target, *settings, modules=tuple(f"{module}.ko" for module in names))
     elif headers.is_dir():
         make = ["make", "-C", str(target), f"KDIR={headers}", *settings]
         done = subprocess.run(make, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     else:
-        remote = f"{DIRECTORY}/build-{name}"
+        remote = f"{DIRECTORY}/build-{target.name}"
         lab.ssh(HOST, f"rm -rf {remote}; mkdir -p {remote}")
         unpack(lab, {str(p.relative_to(target)): p for p in target.rglob("*") if p.is_file()}, remote)
         lab.ssh(HOST, shlex.join(["make", "-C", remote, *settings]), timeout=600)
-        for module in ("bufflink", "reqlog"):
+        for module in names:
             lab.get(HOST, f"{remote}/{module}.ko", target / f"{module}.ko")
-    modules = {module: target / f"{module}.ko" for module in ("bufflink", "reqlog")}
+    modules = {module: target / f"{module}.ko" for module in names}
     subprocess.run(["strip", "--strip-debug", *map(str, modules.values())], check=True)
     return modules
 
@@ -124,6 +139,7 @@ class Bench:
         files.update({str(path.relative_to(ROOT)): path for path in ROOT.glob("tests/vm/kernel_guest/*.py")})
         self.modules = build(self.lab, self.scratch)
         files.update({f"modules/{path.name}": path for path in self.modules.values()})
+        files["modules/bmtest.ko"] = build_driver(self.lab, self.scratch)
         self.ssh(f"rm -rf {DIRECTORY}")
         unpack(self.lab, files, DIRECTORY)
         if self.was_loaded:
@@ -169,9 +185,20 @@ class Bench:
         result: dict[str, Any] = json.loads(output)
         return result
 
+    def rows(self, kinds: Iterable[str], seed: int, operations: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+        """Rows of the truth table: the operations, or each, on a device of each of these kinds; see matrix.py."""
+        chosen = ["--operations", ",".join(operations)] if operations else []
+        result: dict[str, dict[str, Any]] = json.loads(self.watched("matrix", *kinds, "--seed", str(seed), *chosen))
+        return result
+
+    def race(self, seed: int) -> dict[str, Any]:
+        """Copy a slow disk while it is written; see race.py."""
+        result: dict[str, Any] = json.loads(self.watched("race", "--seed", str(seed)))
+        return result
+
     def watched(self, program: str, *argv: str) -> str:
         """A guest program that must succeed and leave no trace of trouble in the kernel log. Its last line."""
-        answer = self.python("-m", "tests.vm.kernel_guest.watched", program, *argv, timeout=850).stdout
+        answer = self.python("-m", "tests.vm.kernel_guest.watched", program, *argv, timeout=1700).stdout
         done = json.loads(answer.strip().splitlines()[-1])
         log = "\n".join(done["log"])
         assert done["status"] == 0, f"{program} {' '.join(argv)}:\n{done['output']}{done['errors']}\nkernel log:\n{log}"

@@ -6,7 +6,6 @@ The device is a scsi_debug disk or a loop device of the case's own; the argument
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import subprocess
@@ -21,67 +20,12 @@ from bmigrate.kernel.control import Attachment, Control
 from tests.vm.kernel_guest import devices
 from tests.vm.kernel_guest.cases import RING_LIMIT, attach, empty, main, ranges, wait_for, write
 from tests.vm.kernel_guest.command import run
-
-SG_IO = 0x2285
-NO_DATA, TO_DEVICE, FROM_DEVICE = -1, -2, -3
-
-
-class SgHeader(ctypes.Structure):
-    """struct sg_io_hdr of scsi/sg.h."""
-
-    _fields_ = [
-        ("interface_id", ctypes.c_int),
-        ("direction", ctypes.c_int),
-        ("cmd_len", ctypes.c_ubyte),
-        ("sense_len", ctypes.c_ubyte),
-        ("iovec_count", ctypes.c_ushort),
-        ("data_len", ctypes.c_uint),
-        ("data", ctypes.c_void_p),
-        ("command", ctypes.c_void_p),
-        ("sense", ctypes.c_void_p),
-        ("timeout", ctypes.c_uint),
-        ("flags", ctypes.c_uint),
-        ("pack_id", ctypes.c_int),
-        ("usr", ctypes.c_void_p),
-        ("status", ctypes.c_ubyte),
-        ("masked", ctypes.c_ubyte),
-        ("msg", ctypes.c_ubyte),
-        ("sense_written", ctypes.c_ubyte),
-        ("host_status", ctypes.c_ushort),
-        ("driver_status", ctypes.c_ushort),
-        ("residual", ctypes.c_int),
-        ("duration", ctypes.c_uint),
-        ("info", ctypes.c_uint),
-    ]
-
-
-def _scsi_command(device: str, command: bytes, direction: int, data: bytes = b"") -> int:
-    """Send a SCSI command past the block layer; its status."""
-    buffer = ctypes.create_string_buffer(data, max(1, len(data)))
-    sense = ctypes.create_string_buffer(64)
-    cdb = ctypes.create_string_buffer(command, len(command))
-    header = SgHeader(
-        interface_id=ord("S"),
-        direction=direction,
-        cmd_len=len(command),
-        sense_len=64,
-        data_len=len(data),
-        data=ctypes.addressof(buffer) if data else None,
-        command=ctypes.addressof(cdb),
-        sense=ctypes.addressof(sense),
-        timeout=20000,
-    )
-    fd = os.open(device, os.O_RDWR)
-    try:
-        fcntl.ioctl(fd, SG_IO, header, True)
-    finally:
-        os.close(fd)
-    return int(header.status)
+from tests.vm.kernel_guest.passthrough import FROM_DEVICE, NO_DATA, TO_DEVICE, scsi_command
 
 
 @contextmanager
 def _scsi_disk(*options: str) -> Iterator[str]:
-    """A scsi_debug disk of 64 MiB."""
+    """A scsi_debug disk."""
     devices.drop_scsi()
     path = devices.scsi(*options)
     try:
@@ -127,17 +71,17 @@ def _whole(batches: list[Batch], attachment: Attachment) -> bool:
 
 
 def passthrough(device: str) -> dict[str, Any]:
-    """A command past the block layer marks everything, unless it only brings data; a barrier waits for the mark.
+    """A command past the block layer marks everything, unless it is known to change nothing; a barrier waits for it.
 
     The disk is locked against udev: it has the kernel read the partition table again whenever a writer closes the
-    disk, and for that sd sends a TEST UNIT READY of its own, at a moment of its own.
+    disk, and for that sd sends commands of its own, at a moment of its own.
     """
     with _scsi_disk() as disk, _locked(disk), _attachment_of(disk) as (attachment, control, channel):
         results: dict[str, Any] = {}
 
         def send(name: str, command: bytes, direction: int, data: bytes = b"") -> None:
             before = control.stats(attachment.slot).passthrough
-            status = _scsi_command(disk, command, direction, data)
+            status = scsi_command(disk, command, direction, data)
             barrier = channel.barrier()
             passed_at_once = channel.passed(barrier)
             batches = empty(channel)
@@ -153,7 +97,9 @@ def passthrough(device: str) -> dict[str, Any]:
 
         send("inquiry", bytes([0x12, 0, 0, 0, 96, 0]), FROM_DEVICE, bytes(96))
         send("write", bytes([0x2A, 0, 0, 0, 0, 5, 0, 0, 1, 0]), TO_DEVICE, os.urandom(512))
+        send("write zeroes without data", bytes([0x93, 1, *bytes(7), 9, 0, 0, 0, 1, 0, 0]), NO_DATA)
         send("test unit ready", bytes(6), NO_DATA)
+        send("synchronize cache", bytes([0x35, *bytes(9)]), NO_DATA)
         return results
 
 

@@ -3,7 +3,8 @@
 
 usage: devices.py make KIND | devices.py drop KIND
 
-Promises that `drop` leaves nothing behind, also after a `make` that failed half way. Only stock modules are used.
+Promises that `drop` leaves nothing behind, also after a `make` that failed half way. Only stock modules are used, and
+bmtest, which the host has put into modules/.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from tests.vm.kernel_guest.command import run
@@ -20,7 +22,11 @@ from tests.vm.kernel_guest.command import run
 CONFIG = Path("/sys/kernel/config/nvmet")
 NQN = "nqn.2025-01.org.example:bmigrate-test"
 FILE = Path("/var/tmp/kernel-test.img")
-FILE_BYTES = 96 << 20
+FILE_BYTES = 32 << 20
+BMTEST = Path(__file__).resolve().parents[3] / "modules/bmtest.ko"
+BMTEST_PARAMETERS = Path("/sys/module/bmtest/parameters")
+LOWER_MIB = 48
+HALF = LOWER_MIB * 1024  # sectors: half of the disk below, less in some tables
 
 
 def _wait(find: Callable[[], str | None], what: str) -> str:
@@ -94,8 +100,8 @@ def _unload(*modules: str) -> None:
 
 
 def scsi(*options: str) -> str:
-    """A disk of 64 MiB by scsi_debug, with unmap."""
-    run("modprobe", "scsi_debug", "dev_size_mb=64", "delay=0", "lbpu=1", "lbpws=1", *options)
+    """A disk by scsi_debug, with unmap."""
+    run("modprobe", "scsi_debug", f"dev_size_mb={LOWER_MIB}", "delay=0", "lbpu=1", "lbpws=1", *options)
 
     def find() -> str | None:
         for model in Path("/sys/block").glob("sd*/device/model"):
@@ -113,14 +119,50 @@ def drop_scsi() -> None:
     _unload("scsi_debug")
 
 
+def bmtest(mib: int = 24) -> str:
+    """The test disk: what it can is said in tests/driver/bmtest.c."""
+    run("insmod", str(BMTEST), f"size_mib={mib}")
+    path = _wait(lambda: "/dev/bmtest0" if os.path.exists("/dev/bmtest0") else None, "bmtest disk")
+    run("udevadm", "settle")
+    return path
+
+
+def set_bmtest(**parameters: int) -> None:
+    """Change what the test disk does from now on."""
+    for name, value in parameters.items():
+        (BMTEST_PARAMETERS / name).write_text(str(value))
+
+
+def drop_bmtest() -> None:
+    """Take it away."""
+    _unload("bmtest")
+
+
+def _lower() -> str:
+    """The disk below the stacked ones: it changes what it discards and erases, and fails when told."""
+    return bmtest(LOWER_MIB)
+
+
+def _loop() -> str:
+    with FILE.open("wb") as file:
+        file.truncate(24 << 20)
+    return run("losetup", "--find", "--show", str(FILE)).strip()
+
+
+def _drop_loop() -> None:
+    for line in run("losetup", "--noheadings", "--output", "NAME", "--associated", str(FILE)).split():
+        run("losetup", "--detach", line)
+    FILE.unlink(missing_ok=True)
+
+
 def _brd() -> str:
-    run("modprobe", "brd", "rd_nr=1", "rd_size=16384")
+    run("modprobe", "brd", "rd_nr=1", "rd_size=24576")
     return "/dev/ram0"
 
 
 def _zram() -> str:
     run("modprobe", "zram", "num_devices=1")
-    Path("/sys/block/zram0/disksize").write_text("16M")
+    Path("/sys/block/zram0/disksize").write_text("24M")
     return "/dev/zram0"
 
 
@@ -128,9 +170,6 @@ def _drop_zram() -> None:
     if Path("/sys/block/zram0").exists():
         Path("/sys/block/zram0/reset").write_text("1")
     _unload("zram")
-
-
-HALF = 65536  # sectors: half of the scsi_debug disk, less in some tables
 
 
 def _map(name: str, *lines: str) -> str:
@@ -143,21 +182,21 @@ def _map(name: str, *lines: str) -> str:
 
 def _linear() -> str:
     """Two segments, the halves of a disk exchanged: a bio over the seam is split."""
-    disk = scsi()
+    disk = _lower()
     return _map("linear", f"0 {HALF} linear {disk} {HALF}", f"{HALF} {HALF} linear {disk} 0")
 
 
 def _striped() -> str:
-    disk = scsi()
+    disk = _lower()
     return _map("striped", f"0 {2 * HALF} striped 2 128 {disk} 0 {disk} {HALF}")
 
 
 def _crypt() -> str:
-    return _map("crypt", f"0 {2 * HALF} crypt aes-xts-plain64 {'5a' * 32}{'a5' * 32} 0 {scsi()} 0 1 allow_discards")
+    return _map("crypt", f"0 {2 * HALF} crypt aes-xts-plain64 {'5a' * 32}{'a5' * 32} 0 {_lower()} 0 1 allow_discards")
 
 
 def _halves() -> tuple[str, str]:
-    disk = scsi()
+    disk = _lower()
     return _map("one", f"0 {HALF} linear {disk} 0"), _map("two", f"0 {HALF} linear {disk} {HALF}")
 
 
@@ -176,7 +215,7 @@ def _snapshot() -> tuple[str, str]:
 
 def _thin() -> str:
     """A thin volume, larger than what its pool can hold is written."""
-    disk = scsi()
+    disk = _lower()
     meta = _map("meta", f"0 8192 linear {disk} 0")
     data = _map("data", f"0 {2 * HALF - 8192} linear {disk} 8192")
     run("dd", "if=/dev/zero", f"of={meta}", "bs=4096", "count=1", "oflag=direct", "status=none")
@@ -188,6 +227,8 @@ def _thin() -> str:
 def _drop_dm() -> None:
     """The upper ones first."""
     for name in (
+        "part",
+        "bad",
         "upper",
         "thin",
         "pool",
@@ -204,14 +245,23 @@ def _drop_dm() -> None:
     ):
         if Path(f"/dev/mapper/kernel-test-{name}").exists():
             run("dmsetup", "remove", "--retry", f"kernel-test-{name}")
-    drop_scsi()
+    _drop_lower()
+
+
+def _drop_lower() -> None:
+    if Path("/dev/bmtest0").exists():
+        run("wipefs", "-qa", "/dev/bmtest0")
+        run("blockdev", "--rereadpt", "/dev/bmtest0")
+        run("udevadm", "settle")
+    drop_bmtest()
 
 
 def _md(level: str) -> str:
-    """An array of mdadm's over four quarters of a disk."""
-    disk = scsi()
-    quarters = [_map(f"q{n}", f"0 {HALF // 2} linear {disk} {n * HALF // 2}") for n in range(4)]
-    arguments = ["--level", level, "--raid-devices", "4", "--metadata", "1.2", "--assume-clean", *quarters]
+    """An array of mdadm's over the quarters of a disk, a mirror over its halves."""
+    disk = _lower()
+    parts, length = (2, HALF) if level == "1" else (4, HALF // 2)
+    members = [_map(f"q{n}", f"0 {length} linear {disk} {n * length}") for n in range(parts)]
+    arguments = ["--level", level, "--raid-devices", str(parts), "--metadata", "1.2", "--assume-clean", *members]
     run("mdadm", "--create", "/dev/md/kernel-test", "--run", *arguments)
     run("udevadm", "settle")
     return os.path.realpath("/dev/md/kernel-test")
@@ -236,7 +286,149 @@ def _drop_md() -> None:
     for number in range(4):
         if Path(f"/dev/mapper/kernel-test-q{number}").exists():
             run("dmsetup", "remove", "--retry", f"kernel-test-q{number}")
+    _drop_lower()
+
+
+def partitions(path: str) -> list[str]:
+    """Two partitions with a gap between, of any disk: their paths."""
+    sectors = int(run("blockdev", "--getsz", path))
+    table = f"label: dos\nstart=2048, size={sectors - 8192}\nstart={sectors - 4096}, size=2048\n"
+    subprocess.run(["sfdisk", "-q", "--wipe", "always", path], input=table, text=True, check=True)
+    run("udevadm", "settle")
+    name = os.path.basename(os.path.realpath(path))
+    return sorted(f"/dev/{part.name}" for part in Path(f"/sys/block/{name}").glob(f"{name}*"))
+
+
+def _virtio() -> str:
+    """The last of the lab's disks."""
+    [path] = Path("/dev/disk/by-id").glob("virtio-bm-small-*[!0-9]")
+    return os.path.realpath(path)
+
+
+def _drop_virtio_partition() -> None:
+    run("wipefs", "-qa", _virtio())
+    run("blockdev", "--rereadpt", _virtio())
+
+
+def _on_partition() -> str:
+    """A volume of the device mapper on a partition of a disk."""
+    return _map("part", f"0 {HALF} linear {partitions(_lower())[0]} 2048")
+
+
+BAD_SECTORS = 4096
+
+
+def _bad() -> str:
+    _lower()
+    return _map("bad", f"0 {HALF} linear /dev/bmtest0 0")
+
+
+def _reload(name: str, *lines: str) -> None:
+    """Give a device of the device mapper another table, as lvresize would."""
+    table = "".join(f"{line}\n" for line in lines)
+    subprocess.run(["dmsetup", "load", name], input=table, text=True, check=True)
+    run("dmsetup", "suspend", "--noflush", name)
+    run("dmsetup", "resume", name)
+
+
+def _bad_segments(bad: Callable[[int], str]) -> Callable[[], AbstractContextManager[None]]:
+    """Every other segment fails to be written: of a write over a seam one half is done, and the whole reports an error.
+
+    bad: the target of a bad segment, from the sector where it begins.
+    """
+
+    @contextmanager
+    def failing() -> Iterator[None]:
+        good = "linear /dev/bmtest0 {start}"
+        lines = []
+        for start in range(0, HALF, BAD_SECTORS):
+            target = bad(start) if start // BAD_SECTORS % 2 else good.format(start=start)
+            lines.append(f"{start} {BAD_SECTORS} {target}")
+        _reload("kernel-test-bad", *lines)
+        try:
+            yield
+        finally:
+            _reload("kernel-test-bad", f"0 {HALF} linear /dev/bmtest0 0")
+
+    return failing
+
+
+@contextmanager
+def _failing_below() -> Iterator[None]:
+    """Every fourth write fails after it has changed the disk."""
+    set_bmtest(fail_every=4, fail_changes=1)
+    try:
+        yield
+    finally:
+        set_bmtest(fail_every=0)
+
+
+SCSI_PARAMETERS = Path("/sys/bus/pseudo/drivers/scsi_debug")
+SCSI_GUARD_ERRORS = "0x20"
+
+
+@contextmanager
+def _failing_scsi() -> Iterator[None]:
+    """Every third command is executed and then reports that the data's checksum was wrong."""
+    (SCSI_PARAMETERS / "every_nth").write_text("3")
+    (SCSI_PARAMETERS / "opts").write_text(SCSI_GUARD_ERRORS)
+    try:
+        yield
+    finally:
+        (SCSI_PARAMETERS / "opts").write_text("0")
+        (SCSI_PARAMETERS / "every_nth").write_text("0")
+
+
+@contextmanager
+def _failing_null() -> Iterator[None]:
+    """Some sectors cannot be written. In small pieces: null_blk takes no notice of a large one."""
+    pieces = [f"{first}-{first + 99}" for first in range(2000, 48000, 4000)]
+    for piece in pieces:
+        (NULL_DISK / "badblocks").write_text(f"+{piece}")
+    try:
+        yield
+    finally:
+        for piece in pieces:
+            (NULL_DISK / "badblocks").write_text(f"-{piece}")
+
+
+GROUP = "kernelgroup"
+# thin_check comes with a package that the guests do not have; a pool that was just made needs none.
+LVM = ("--config", 'global{thin_check_executable=""} devices{scan="/dev"}')
+
+
+def _lvm(volume: str) -> str:
+    """A logical volume on a disk that is one physical volume."""
+    run("vgcreate", *LVM, "--physicalextentsize", "1m", GROUP, scsi())
+    make = ("lvcreate", *LVM, "--yes")
+    fresh = (*make, "--wipesignatures", "n", "-n", "lv")
+    if volume == "thin":
+        run(*fresh, "--type", "thin", "--size", "32m", "--virtualsize", "24m", "--thinpool", "pool", GROUP)
+    else:
+        run(*fresh, "--zero", "n", "--size", "20m", GROUP)
+    if volume in ("origin", "snapshot"):
+        run(*make, "--snapshot", "--size", "22m", "-n", "snap", f"{GROUP}/lv")
+    run("udevadm", "settle")
+    return os.path.realpath(f"/dev/{GROUP}/{'snap' if volume == 'snapshot' else 'lv'}")
+
+
+def _drop_lvm() -> None:
+    if any(Path("/sys/block").glob("sd*/device/model")):
+        subprocess.run(["vgremove", *LVM, "--force", "--yes", GROUP], capture_output=True, text=True)
     drop_scsi()
+
+
+def _pmem() -> str:
+    """Memory that the guest was booted with as persistent."""
+    run("modprobe", "-a", "nd_e820", "nd_pmem")
+    run("udevadm", "settle")
+    if not os.path.exists("/dev/pmem0"):
+        raise NoDevice("the guest was booted without memmap=")
+    return "/dev/pmem0"
+
+
+class NoDevice(Exception):
+    """This host cannot have such a device; the text says why."""
 
 
 def _null_zoned() -> str:
@@ -248,11 +440,11 @@ NULL_DISK = Path("/sys/kernel/config/nullb/kerneltest")
 
 
 def null_disk() -> str:
-    """A request-based disk of 16 MiB in memory, some of whose sectors can be made bad: NULL_DISK / "badblocks"."""
+    """A request-based disk of 24 MiB in memory, some of whose sectors can be made bad: NULL_DISK / "badblocks"."""
     run("modprobe", "null_blk", "nr_devices=0")
     mount_configfs()
     NULL_DISK.mkdir()
-    for name, value in (("size", "16"), ("blocksize", "512"), ("memory_backed", "1"), ("queue_mode", "2")):
+    for name, value in (("size", "24"), ("blocksize", "512"), ("memory_backed", "1"), ("queue_mode", "2")):
         (NULL_DISK / name).write_text(value)
     (NULL_DISK / "power").write_text("1")
     # Named after the directory since Linux 6.0, before that by its index.
@@ -268,11 +460,15 @@ def drop_null() -> None:
 
 
 KINDS: dict[str, tuple[Callable[[], str], Callable[[], None]]] = {
+    "virtio": (_virtio, lambda: None),
+    "virtio-partition": (lambda: partitions(_virtio())[0], _drop_virtio_partition),
+    "scsi": (scsi, drop_scsi),
+    "loop": (_loop, _drop_loop),
     "nvme": (lambda: _nvme(False), _drop_nvme),
     "nvme-head": (lambda: _nvme(True), _drop_nvme),
-    "scsi": (scsi, drop_scsi),
-    "brd": (_brd, lambda: _unload("brd")),
-    "zram": (_zram, _drop_zram),
+    "null": (null_disk, drop_null),
+    "bmtest": (bmtest, drop_bmtest),
+    "bmtest-partition": (lambda: partitions(bmtest())[0], _drop_lower),
     "dm-linear": (_linear, _drop_dm),
     "dm-striped": (_striped, _drop_dm),
     "dm-crypt": (_crypt, _drop_dm),
@@ -280,12 +476,50 @@ KINDS: dict[str, tuple[Callable[[], str], Callable[[], None]]] = {
     "dm-origin": (lambda: _snapshot()[0], _drop_dm),
     "dm-snapshot": (lambda: _snapshot()[1], _drop_dm),
     "dm-thin": (_thin, _drop_dm),
+    "dm-error": (_bad, _drop_dm),
+    "dm-flakey": (_bad, _drop_dm),
+    "dm-nested": (_nested, _drop_dm),
+    "dm-on-partition": (_on_partition, _drop_dm),
+    "lvm-linear": (lambda: _lvm("linear"), _drop_lvm),
+    "lvm-thin": (lambda: _lvm("thin"), _drop_lvm),
+    "lvm-origin": (lambda: _lvm("origin"), _drop_lvm),
+    "lvm-snapshot": (lambda: _lvm("snapshot"), _drop_lvm),
     "md-raid0": (lambda: _md("0"), _drop_md),
     "md-raid0-in-place": (_md_in_place, _drop_md),
-    "dm-nested": (_nested, _drop_dm),
     "md-raid1": (lambda: _md("1"), _drop_md),
     "md-raid10": (lambda: _md("10"), _drop_md),
+    "brd": (_brd, lambda: _unload("brd")),
+    "zram": (_zram, _drop_zram),
     "zoned": (_null_zoned, drop_null),
+    "pmem": (_pmem, lambda: None),
+}
+
+# What else is attached while a device is written: the disks and partitions below it.
+ALSO: dict[str, tuple[str, ...]] = {
+    "bmtest-partition": ("/dev/bmtest0", "/dev/bmtest0p2"),
+    "dm-nested": ("/dev/mapper/kernel-test-one", "/dev/bmtest0"),
+    "dm-on-partition": ("/dev/bmtest0p1", "/dev/bmtest0"),
+    "lvm-linear": ("PV",),
+    "md-raid0-in-place": ("/dev/mapper/kernel-test-q0", "/dev/mapper/kernel-test-q3"),
+}
+
+
+def also(kind: str) -> list[str]:
+    """Those of a device that is there."""
+    disks = [f"/dev/{path.parts[3]}" for path in Path("/sys/block").glob("sd*/device/model")]
+    return [os.path.realpath(path) for name in ALSO.get(kind, ()) for path in (disks if name == "PV" else [name])]
+
+
+# How writes are made to fail. Not for mirrors, snapshots and pools: they drop the disk that failed.
+FAILING: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "scsi": _failing_scsi,
+    "null": _failing_null,
+    "dm-error": _bad_segments(lambda start: "error"),
+    "dm-flakey": _bad_segments(lambda start: f"flakey /dev/bmtest0 {start} 0 3600 1 error_writes"),
+    **dict.fromkeys(
+        ("bmtest", "bmtest-partition", "dm-linear", "dm-striped", "dm-crypt", "dm-nested", "dm-on-partition"),
+        _failing_below,
+    ),
 }
 
 if __name__ == "__main__":

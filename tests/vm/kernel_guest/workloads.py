@@ -15,11 +15,13 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 
 from tests.vm.kernel_guest.command import run
 from tests.vm.kernel_guest.tracker import SECTOR
 
 BLKDISCARD = 0x1277
+BLKSECDISCARD = 0x127D
 BLKZEROOUT = 0x127F
 PUNCH_HOLE_KEEP_SIZE = 3
 ZERO_RANGE_KEEP_SIZE = 0x11
@@ -33,9 +35,10 @@ def _logical_block_bytes(fd: int) -> int:
 class RawWriter:
     """Random writes, zeroes and discards of 512 bytes to 1 MiB, overlapping, also over the tail of the device."""
 
-    def __init__(self, path: str, seed: int, kinds: tuple[str, ...]) -> None:
+    def __init__(self, path: str, seed: int, kinds: tuple[str, ...], may_fail: bool = False) -> None:
         self.random = random.Random(seed)
         self.kinds = kinds
+        self.may_fail = may_fail
         self.done: Counter[str] = Counter()
         self.direct = os.open(path, os.O_RDWR | os.O_DIRECT)
         self.forced = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_DSYNC)
@@ -56,7 +59,10 @@ class RawWriter:
             self._do(kind, offset, length)
             self.done[kind] += 1
         except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
+            if error.errno in (errno.EIO, errno.EILSEQ) and self.may_fail:
+                self.done[f"{kind} that failed"] += 1
+                return
+            if error.errno != errno.EOPNOTSUPP or len(set(self.kinds)) == 1:
                 raise
             # The result says what was done: a device that refuses what it should do is seen there.
             self.kinds = tuple(other for other in self.kinds if other != kind)
@@ -69,6 +75,8 @@ class RawWriter:
                 raise OSError("short write")
         elif kind == "discard":
             fcntl.ioctl(self.direct, BLKDISCARD, struct.pack("QQ", offset, length))
+        elif kind == "erase":
+            fcntl.ioctl(self.direct, BLKSECDISCARD, struct.pack("QQ", offset, length))
         elif kind == "zeroout":
             fcntl.ioctl(self.direct, BLKZEROOUT, struct.pack("QQ", offset, length))
         elif kind == "zero_range":
@@ -80,7 +88,11 @@ class RawWriter:
 
     def close(self) -> None:
         """Write back what is buffered."""
-        os.fsync(self.buffered)
+        try:
+            os.fsync(self.buffered)
+        except OSError as error:
+            if error.errno != errno.EIO or not self.may_fail:
+                raise
         for fd in (self.direct, self.forced, self.buffered):
             os.close(fd)
 
@@ -94,20 +106,24 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def raw(path: str, seed: int, operations: int, kinds: tuple[str, ...], threads: int = 4) -> Counter[str]:
-    """Several RawWriters at once; how many operations of each kind were done."""
+def raw(
+    path: str, seed: int, operations: int, kinds: tuple[str, ...], threads: int = 4, may_fail: bool = False
+) -> Counter[str]:
+    """Several RawWriters at once; how many operations of each kind were done.
+
+    may_fail: operations that end with an input/output error are counted, and the rest goes on.
+    """
     failures: list[BaseException] = []
     done: Counter[str] = Counter()
 
     def work(number: int) -> None:
-        writer = RawWriter(path, seed * 100 + number, kinds)
         try:
-            for _ in range(operations // threads):
-                writer.one()
+            with closing(RawWriter(path, seed * 100 + number, kinds, may_fail)) as writer:
+                for _ in range(operations // threads):
+                    writer.one()
         except BaseException as error:
             failures.append(error)
-        finally:
-            writer.close()
+        else:
             done.update(writer.done)
 
     workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
@@ -136,11 +152,10 @@ class Raw:
 
 
 class Filesystem:
-    """Files made, changed, cut and removed on a file system mounted with discard.
+    """Files made, changed, cut and removed on a file system mounted with discard, or with an fstrim at the end.
 
     It is made and filled before the truth is read for the first time, so that the removal of old files is known by its
-    discards alone. fstrim marks nearly all of the device, and would hide what the discards before it missed: only on
-    request.
+    discards alone. fstrim marks nearly all of the device, and would hide what discards before it missed: never both.
     """
 
     def __init__(self, path: str, seed: int, kind: str, operations: int, trim: bool) -> None:
@@ -160,7 +175,7 @@ class Filesystem:
         options = {"ext4": ["-q", "-F", "-E", "nodiscard"], "xfs": ["-q", "-f", "-K"]}[self.kind]
         run(f"mkfs.{self.kind}", *options, self.path)
         os.makedirs(self.directory, exist_ok=True)
-        run("mount", "-o", "discard", self.path, self.directory)
+        run("mount", *(() if self.trim else ("-o", "discard")), self.path, self.directory)
         for number in range(self.operations):
             with open(f"{self.directory}/{number}", "wb") as file:
                 file.write(self.random.randbytes(self.random.randrange(1, 60_000)))
