@@ -363,10 +363,10 @@ def moved(item: Tracked, extent: tuple[int, int] | None) -> str:
     if extent is None:
         return "the device is gone, or is no partition any more"
     start, sectors = extent
-    if sectors != item.sectors:
-        return f"the device was resized from {item.sectors * 512} to {sectors * 512} bytes"
     if start != item.start_sector:
         return f"the partition was moved from sector {item.start_sector} to {start}"
+    if sectors != item.sectors:
+        return f"the device was resized from {item.sectors * 512} to {sectors * 512} bytes"
     return ""
 
 

@@ -27,7 +27,7 @@ from bmigrate.kernel.control import Attachment, Control
 from bmigrate.kernel.errors import KernelError
 
 RING_LIMIT = Path("/sys/module/reqlog/parameters/ring_limit")
-LIMIT_SECONDS = 60
+LIMIT_SECONDS = 300
 REGION = 65536
 
 
