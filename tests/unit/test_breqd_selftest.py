@@ -38,7 +38,7 @@ class World:
         in_flight = sum(1 for begin, end, *_ in self.writes if begin <= self.clock < end)
         self.clock += 0.001
         recorded = sum(size for _, end, _, size, seen in self.writes if seen and end <= self.clock)
-        return Sample(True, written, in_flight, recorded, self.clock)
+        return Sample(written, in_flight, recorded, self.clock)
 
 
 steps = st.lists(
@@ -76,14 +76,14 @@ def test_a_tracker_that_loses_writes_is_called_blind(seed, counts_at_begin, lose
 def test_nothing_written_proves_nothing() -> None:
     witness = Witness(True)
     for second in range(5):
-        witness.take(Sample(True, 70, 0, 12, float(second)))
+        witness.take(Sample(70, 0, 12, float(second)))
     assert witness.state == "unproven" and witness.describe(9.0)["proven_age_seconds"] is None
 
 
 def test_what_all_was_recorded_is_proven() -> None:
     witness = Witness(True)
     for second, (written, recorded) in enumerate([(70, 0), (70, 0), (78, 8)]):
-        witness.take(Sample(True, written, 0, recorded, float(second)))
+        witness.take(Sample(written, 0, recorded, float(second)))
     assert witness.describe(5.0) == {
         "state": "proven", "proven_sectors": 8, "proven_age_seconds": 3.0, "reason": None,
     }  # fmt: skip
@@ -94,7 +94,7 @@ def test_one_deficit_is_a_doubt_that_the_next_window_clears() -> None:
     samples = [(0, 0), (0, 0), (16, 8), (16, 8), (32, 24), (32, 24)]
     states = []
     for second, (written, recorded) in enumerate(samples):
-        witness.take(Sample(True, written, 0, recorded, float(second)))
+        witness.take(Sample(written, 0, recorded, float(second)))
         states.append(witness.state)
     assert states == ["unproven", "unproven", "doubtful", "doubtful", "proven", "proven"]
 
@@ -103,7 +103,7 @@ def test_a_device_that_never_rests_is_blind_when_nothing_at_all_is_recorded() ->
     witness = Witness(at_completion=False)
     second = 0.0
     while not witness.blind and second < 10 * RESTLESS_SECONDS:
-        witness.take(Sample(True, int(second), 3, 0, second))
+        witness.take(Sample(int(second), 3, 0, second))
         second += 1
     assert 2 * RESTLESS_SECONDS <= second <= 2 * RESTLESS_SECONDS + 5
 
@@ -111,12 +111,12 @@ def test_a_device_that_never_rests_is_blind_when_nothing_at_all_is_recorded() ->
 def test_a_device_that_is_not_counted_says_so() -> None:
     witness = Witness(True)
     for second in range(3):
-        witness.take(Sample(False, 0, 0, second, float(second)))
-    assert witness.state == "uncounted" and "iostats" in str(witness.describe(3.0)["reason"])
+        witness.take(Sample(0, 0, 8 * second, float(second)))
+    assert witness.state == "uncounted" and "does not count" in str(witness.describe(3.0)["reason"])
 
 
 def test_counters_that_begin_anew_are_no_deficit() -> None:
     witness = Witness(True)
     for second, written in enumerate([500, 500, 0, 8, 8]):
-        witness.take(Sample(True, written, 0, 0 if written != 8 else 8, float(second)))
+        witness.take(Sample(written, 0, 0 if written != 8 else 8, float(second)))
     assert not witness.doubt and not witness.blind

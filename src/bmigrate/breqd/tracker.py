@@ -223,7 +223,7 @@ class Tracker:
         item.witnessed_at = time.monotonic()
         written = counters.sectors_written + counters.sectors_discarded
         before = item.witness.state
-        item.witness.take(Sample(counters.counted, written, in_flight, recorded, item.witnessed_at))
+        item.witness.take(Sample(written, in_flight, recorded, item.witnessed_at))
         if item.witness.blind and before != "blind":
             LOG.critical("volume %s/%s: THE TRACKER IS BLIND: %s", *item.key, item.witness.blind)
             self.suspect(item.key, f"the tracker is blind: {item.witness.blind}")
