@@ -92,7 +92,7 @@ class Kernel:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as archive:
             archive.add(source, ".")
-        with _with_proc(self.root) as run:
+        with _entered(self.root) as run:
             try:
                 run("sh", "-c", f"mkdir -p /{inside} && tar xf - -C /{inside}", stdin=buffer.getvalue())
                 done = run("make", "-C", f"/{inside}", f"KDIR={self.facts['kdir']}", *arguments, check=False)
@@ -249,11 +249,13 @@ def _finish_root(root: Path, release: str, log: Path) -> None:
 
 
 @contextmanager
-def _with_proc(root: Path) -> Iterator[Any]:
-    """A function that runs a command in the root, with /proc (objtool reads a limit there) in a mount namespace."""
+def _entered(root: Path) -> Iterator[Any]:
+    """A function that runs a command in the root, with /dev and /proc (objtool reads a limit there) mounted for it."""
 
     def run(*argv: str, stdin: bytes = b"", check: bool = True) -> subprocess.CompletedProcess[bytes]:
-        enter = 'mount -t proc proc "$0/proc" && exec chroot "$0" "$@"'
+        # Bound and not made: that is also allowed to a user who is root in a namespace of its own only.
+        mounts = " && ".join(f'mount --rbind /{name} "$0/{name}"' for name in ("dev", "proc"))
+        enter = f'{mounts} && exec chroot "$0" "$@"'
         prefix = [*image.in_root_namespace(), "unshare", "--mount", "sh", "-c", enter, str(root)]
         environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/root"}
         done = subprocess.run(
