@@ -31,7 +31,7 @@ test: setup lint module ## lint, kernel build, then unit, contract, Ansible and 
 lint: setup ## check style and types of all that is in the repository
 	tools/lint
 
-module: ## build the kernel modules for this machine's headers, warning-free
+module: ## build the kernel modules for this machine's headers, or those in KDIR, warning-free
 	tools/build-module
 
 test-unit: setup ## unit and property tests only: no guest is booted

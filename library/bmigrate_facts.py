@@ -14,7 +14,7 @@ module: bmigrate_facts
 short_description: Gather what the playbooks of bmigrate need to know of a host
 version_added: "0.1.0"
 description:
-  - Reads platform, running kernel, missing packages, installed programs and, per workload, what
+  - Reads platform, installed kernels, Secure Boot, missing packages, installed programs and, per workload, what
     C(bmigrate handover discover) says. Changes nothing.
   - Works on hosts where bmigrate is not installed; says so in the facts.
   - A workload whose state cannot be read does not end the module; its error is in the facts.
@@ -70,7 +70,12 @@ ansible_facts:
           type: dict
           returned: always
         kernel:
-          description: C(release) of the running kernel and whether its C(headers) are installed.
+          description:
+            - C(release) of the running kernel and whether its C(headers) are installed.
+            - C(installed) has an entry per installed kernel with C(ready) and C(problem), C(boots_next) names the one
+              that the next boot takes, C(requirements) what modules for each must be like.
+            - C(trust) and C(secure_boot) say whether the kernel takes unsigned modules, as data and in words.
+            - C(warnings) says what a reboot would do to the tracking, and what to do about it.
           type: dict
           returned: always
         missing_packages:
@@ -93,6 +98,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.bmigrate_cli import envelope, explain, program
+from ansible.module_utils.bmigrate_kmod import kernels
 
 
 def os_release(path: str = "/etc/os-release") -> dict[str, str]:
@@ -119,6 +125,21 @@ def missing_packages(module: AnsibleModule, packages: list[str]) -> list[str]:
     _rc, out, _err = module.run_command([query, "-W", "-f", "${Package} ${db:Status-Status}\n", *list(packages)])
     present = {line.split()[0] for line in out.splitlines() if line.endswith(" installed")}
     return [name for name in packages if name not in present]
+
+
+def kernel_facts(release: str) -> dict[str, Any]:
+    """The running kernel, the installed ones, and what they think of our modules."""
+    seen = kernels.report("/", release)
+    return {
+        "release": release,
+        "headers": os.path.exists("/lib/modules/%s/build/Makefile" % release),
+        "boots_next": seen["boots_next"],
+        "installed": seen["kernels"],
+        "requirements": kernels.requirements("/", [entry["release"] for entry in seen["kernels"]]),
+        "trust": seen["trust"],
+        "secure_boot": seen["secure_boot"],
+        "warnings": ["%s -- %s" % (entry["message"], entry["hint"]) for entry in seen["warnings"]],
+    }
 
 
 def ask(module: AnsibleModule, words: list[str]) -> tuple[Any, str | None]:
@@ -158,10 +179,7 @@ def main() -> None:
     facts = {
         "host": os.uname().nodename,
         "os": os_release(),
-        "kernel": {
-            "release": release,
-            "headers": os.path.exists("/lib/modules/%s/build/Makefile" % release),
-        },
+        "kernel": kernel_facts(release),
         "missing_packages": missing_packages(module, module.params["packages"]),
         "installed": program(module, "bmigrate") is not None,
         "workloads": {name: workload_facts(module, name) for name in module.params["workloads"]},

@@ -52,8 +52,17 @@ lines:
   returned: always
   type: list
   elements: dict
+kernel_warnings:
+  description: What a reboot of a host would do to the tracking, one sentence per host and kernel, and what to do.
+  returned: always
+  type: list
+  elements: str
+secure_boot:
+  description: Per host that answered, Secure Boot, lockdown and C(module.sig_enforce) in words.
+  returned: always
+  type: dict
 text:
-  description: The same as lines of a table.
+  description: The lines as a table, the warnings below it.
   returned: always
   type: list
   elements: str
@@ -131,6 +140,12 @@ def line(workload: str, host: str, result: dict[str, Any] | None) -> dict[str, A
     return entry
 
 
+def kernel_of(result: dict[str, Any] | None) -> dict[str, Any]:
+    """What a host said of its kernels; empty when it said nothing or runs nothing of ours."""
+    facts: dict[str, Any] = ((result or {}).get("ansible_facts") or {}).get("bmigrate") or {}
+    return (facts.get("kernel") or {}) if facts.get("installed") else {}
+
+
 def short(key: str, value: Any) -> str:
     """A value for a cell of the table."""
     if value is None:
@@ -166,7 +181,16 @@ def main() -> None:
         for entry in module.params["workloads"]
         for host in entry["hosts"]
     ]
-    module.exit_json(changed=False, lines=lines, text=as_text(lines))
+    hosts = sorted({entry["host"] for entry in lines})
+    said = {host: kernel_of(module.params["reports"].get(host)) for host in hosts}
+    warnings = ["%s: %s" % (host, text) for host in hosts for text in said[host].get("warnings") or []]
+    module.exit_json(
+        changed=False,
+        lines=lines,
+        kernel_warnings=warnings,
+        secure_boot={host: said[host]["secure_boot"] for host in hosts if said[host].get("secure_boot")},
+        text=as_text(lines) + ["warning: " + text for text in warnings],
+    )
 
 
 if __name__ == "__main__":

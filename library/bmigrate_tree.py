@@ -122,10 +122,10 @@ def write(path: str, content: Content, mode: int | None) -> None:
 
 
 def remove(path: str) -> None:
-    """Take a path away, and the directories of ours that only it kept."""
+    """Take a path away, and the directories of ours, or below one of ours, that only it kept."""
     os.unlink(path)
     folder = os.path.dirname(path)
-    while "bmigrate" in os.path.basename(folder) and not os.listdir(folder):
+    while "bmigrate" in folder and not os.listdir(folder):
         os.rmdir(folder)
         folder = os.path.dirname(folder)
 

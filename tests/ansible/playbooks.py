@@ -106,6 +106,13 @@ def install_once(lab: Lab) -> None:
     note_installed(lab)
 
 
+def bare_guests(lab: Lab) -> None:
+    """Make the guests anew when bmigrate was ever installed on them."""
+    if any(lab.ssh(host, "command -v bmigrate", check=False).returncode == 0 for host in lab.vms):
+        lab.down()
+        lab.up()
+
+
 def is_installed(lab: Lab) -> bool:
     """Whether this run of the tests has installed on both guests."""
     return all(lab.ssh(host, f"cat {INSTALLED}", check=False).stdout.strip() == SESSION for host in lab.vms)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from lab import Lab
-from tests.ansible.playbooks import fingerprint, play
+from tests.ansible.playbooks import bare_guests, fingerprint, play
 
 pytestmark = pytest.mark.ansible
 
@@ -17,9 +17,7 @@ pytestmark = pytest.mark.ansible
 @pytest.fixture(scope="module")
 def bare(lab: Lab) -> Lab:
     """Guests on which bmigrate was never installed."""
-    if any(lab.ssh(host, "command -v bmigrate", check=False).returncode == 0 for host in lab.vms):
-        lab.down()
-        lab.up()
+    bare_guests(lab)
     return lab
 
 

@@ -56,9 +56,9 @@ class Awx:
         )
         for name in filter(None, listed.stdout.decode().split("\0")):
             source, target = ROOT / name, self.directory / "project" / name
-            if source.is_file():
+            if source.is_symlink() or source.is_file():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(source, target)
+                shutil.copy2(source, target, follow_symlinks=False)
 
     def _inventory(self) -> None:
         """A script that prints one JSON object with all variables in it, and no group_vars beside it."""

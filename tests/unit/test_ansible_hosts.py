@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The modules that put files, keys, configuration, units and kernel modules on a host: against what is really there."""
+"""The modules that put files, keys, configuration and units on a host: against what is really there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.ansible_module import Programs, envelope, load, run_module
+from tests.unit.ansible_module import Programs, envelope, run_module
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "A" * 43
 OTHER = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "B" * 43
@@ -67,7 +67,7 @@ def test_a_tree_is_laid_out_once_and_repaired_when_it_was_touched(tmp_path: Path
 
 def test_only_what_an_earlier_archive_brought_is_removed(tmp_path: Path) -> None:
     root = tmp_path / "bmigrate-root"
-    pack(tmp_path, {f"{root}/a": "1", f"{root}/b": "2"})
+    pack(tmp_path, {f"{root}/a": "1", f"{root}/b": "2", f"{root}/deep/er/c": "3"})
     lay_out(tmp_path)
     (root / "mine").write_text("not ours")
     pack(tmp_path, {f"{root}/a": "1"})
@@ -228,97 +228,6 @@ def test_volumes_that_are_not_tracked_are_a_failure_that_names_them(tmp_path: Pa
     programs.add("bmigrate", ["handover discover", 0, envelope(found)])
     answer = run_module("bmigrate_daemon", {"state": "attached", "workload": "w"}, programs)
     assert answer["failed"] is True and "volume b" in answer["msg"] and "volume a" not in answer["msg"]
-
-
-# -- kernel modules -------------------------------------------------------------------------------------------------
-
-
-def test_build_ids_are_those_that_the_toolchain_shows(tmp_path: Path) -> None:
-    elf = load("bmigrate_kmod")
-    (tmp_path / "x.c").write_text("int x;\n")
-    subprocess.run(["gcc", "-c", "-o", str(tmp_path / "x.o"), str(tmp_path / "x.c")], check=True)
-    assert elf.elf_build_id((tmp_path / "x.o").read_bytes()) is None
-    subprocess.run(
-        [
-            "gcc",
-            "-shared",
-            "-nostdlib",
-            "-Wl,--build-id=0xabcdef0123456789",
-            "-o",
-            str(tmp_path / "x"),
-            str(tmp_path / "x.o"),
-        ],
-        check=True,
-    )
-    assert elf.elf_build_id((tmp_path / "x").read_bytes()) == "abcdef0123456789"
-    assert elf.elf_build_id(b"not an elf file") is None
-
-
-def kmod(programs: Programs, source: Path, check: bool = False, **options: Any) -> dict[str, Any]:
-    words = {"source": str(source), "version": "0.1.0", "stamp": str(source.parent / "stamp.json"), **options}
-    return run_module("bmigrate_kmod", words, programs, check=check)
-
-
-def test_a_method_that_is_not_supported_is_refused_by_name(tmp_path: Path) -> None:
-    answer = kmod(Programs(tmp_path / "bin"), tmp_path, method="prebuilt")
-    assert answer["failed"] is True and answer["reason"] == "not_supported" and "prebuilt" in answer["msg"]
-
-
-def test_missing_headers_are_refused_before_anything_is_built(tmp_path: Path) -> None:
-    programs = Programs(tmp_path / "bin")
-    programs.add("dkms", ["", 0, ""])
-    source = tmp_path / "src"
-    source.mkdir()
-    (source / "dkms.conf").write_text("x")
-    release = os.uname().release
-    if Path(f"/lib/modules/{release}/build/Makefile").exists():  # a machine whose own headers are there
-        answer = kmod(programs, tmp_path / "nowhere")
-        assert answer["reason"] == "source_missing"
-    else:
-        answer = kmod(programs, source)
-        assert answer["reason"] == "headers_missing" and f"linux-headers-{release}" in answer["msg"]
-    assert answer["failed"] is True
-    assert [call for call in programs.calls() if call[1:2] != ["status"]] == []
-
-
-@pytest.mark.parametrize(
-    "text, state",
-    [
-        ("", ""),
-        ("bmigrate/0.1.0: added\n", "added"),
-        ("bmigrate/0.1.0, 1.2.3-other, x86_64: installed\n", "added"),
-        ("bmigrate/0.1.0, {kernel}, x86_64: built\n", "built"),
-        ("bmigrate, 0.1.0, {kernel}, x86_64: installed\n", "installed"),
-        (
-            "bmigrate/0.1.0, {kernel}, x86_64: installed (WARNING! Diff between built and installed module!)\n",
-            "installed",
-        ),
-        ("other/0.1.0, {kernel}, x86_64: installed\n", ""),
-    ],
-)
-def test_the_words_of_dkms_are_understood(text: str, state: str) -> None:
-    module = load("bmigrate_kmod")
-
-    class Asked:
-        def __init__(self) -> None:
-            self.params = {"name": "bmigrate", "version": "0.1.0"}
-
-        def run_command(self, _: Any) -> tuple[int, str, str]:
-            return 0, text.format(kernel=os.uname().release), ""
-
-    assert module.Kmod(Asked()).dkms_state() == state
-
-
-def test_other_source_with_the_same_version_is_another_build(tmp_path: Path) -> None:
-    module = load("bmigrate_kmod")
-    (tmp_path / "a.c").write_text("one")
-    first = module.source_digest(str(tmp_path))
-    (tmp_path / "a.c").write_text("two")
-    assert module.source_digest(str(tmp_path)) != first
-    (tmp_path / "a.c").write_text("one")
-    assert module.source_digest(str(tmp_path)) == first
-    (tmp_path / "a.c").rename(tmp_path / "b.c")
-    assert module.source_digest(str(tmp_path)) != first
 
 
 # -- facts ----------------------------------------------------------------------------------------------------------

@@ -245,6 +245,7 @@ def _planned(plan: Fields) -> str:
         for item in plan[title]:
             where = ", ".join(str(part) for part in (item["volume"], item["host"]) if part)
             lines.append(f"{title[:-1]}: {item['message']} ({where}) -- {item['hint']}")
+    lines.append(f"kernel {plan['kernel']['running']}: {plan['kernel']['secure_boot']}")
     guess = plan["prediction"]
     if guess["downtime_seconds"] is not None:
         lines.append(

@@ -15,6 +15,7 @@ from bmigrate.cli import arguments as shared
 from bmigrate.cli import bars
 from bmigrate.common import output, paths, rpc, state
 from bmigrate.common.errors import BmigrateError, UsageError
+from bmigrate.kmod import kernels
 
 DESCRIPTION = """\
 Shows the workloads of this host: role and generation, what the shipper is doing and what limits it, how
@@ -115,6 +116,7 @@ def collect(workload: str | None) -> dict[str, Any]:
     return {
         "workloads": entries,
         "daemons": {name: {"up": error is None, "error": error} for name, error in daemons.items()},
+        "kernel": kernels.report(),
     }
 
 
@@ -158,6 +160,10 @@ def render(data: dict[str, Any]) -> str:
     for name, daemon in data["daemons"].items():
         if not daemon["up"]:
             notes.append(f"{name} is down: {daemon['error']['message']} ({daemon['error']['hint']})")
+    kernel = data["kernel"]
+    notes += [f"{item['message']} ({item['hint']})" for item in kernel["warnings"]]
+    if kernel["trust"]["signatures_required"]:
+        notes.append(f"this kernel loads signed modules only: {kernel['secure_boot']}")
     return bars.table(rows) + ("\n\n" + "\n".join(notes) if notes else "")
 
 

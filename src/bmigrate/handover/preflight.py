@@ -16,6 +16,7 @@ from typing import Any
 from bmigrate.common import paths
 from bmigrate.common.config import Config
 from bmigrate.handover import discover, judge, probe
+from bmigrate.kmod import kernels
 
 Fields = dict[str, Any]
 
@@ -35,8 +36,8 @@ def check(config: Config, mine: Mapping[str, Any], peer: Mapping[str, Any] | Non
         config: as installed here. mine: ``discover.facts`` of this host. peer: of the other, if known.
 
     Returns:
-        {blockers: [...], warnings: [...], verdict, prediction: {...}}; each problem is
-        {reason, message, volume, host, hint}.
+        {blockers: [...], warnings: [...], verdict, prediction: {...}, kernel: {...}}; each problem is
+        {reason, message, volume, host, hint}; kernel is of this host, see ``kernels.report``.
     """
     problems = _Problems()
     verdict = judge.verdict(mine, peer) if peer is not None else None
@@ -45,6 +46,7 @@ def check(config: Config, mine: Mapping[str, Any], peer: Mapping[str, Any] | Non
     for facts in [mine] if peer is None else [mine, peer]:
         _host(problems, facts)
     _local(problems, config, mine)
+    kernel = _kernels(problems, config)
     source = next((facts for facts in (mine, peer) if facts and facts.get("role") == "primary"), None)
     target = next((facts for facts in (mine, peer) if facts and facts.get("role") == "standby"), None)
     if source is not None:
@@ -58,6 +60,7 @@ def check(config: Config, mine: Mapping[str, Any], peer: Mapping[str, Any] | Non
         "warnings": problems.warnings,
         "verdict": verdict,
         "prediction": predict(config, source, target),
+        "kernel": kernel,
     }
 
 
@@ -166,6 +169,18 @@ def _local(problems: _Problems, config: Config, mine: Mapping[str, Any]) -> None
                 host=host,
                 hint="set bitmap_directory to a place on another device",
             )
+
+
+def _kernels(problems: _Problems, config: Config) -> Fields:
+    """What a reboot of this host would do to the tracking, and whether it takes unsigned modules.
+
+    Never a blocker: the workload moves and runs either way, and what a boot without the modules has not recorded is
+    compared afterwards. Refusing would keep a workload on a host that its operator wants to leave.
+    """
+    found = kernels.report()
+    for item in found["warnings"]:
+        problems.warn(item["reason"], item["message"], host=config.host, hint=item["hint"])
+    return found
 
 
 def _source(problems: _Problems, facts: Mapping[str, Any], fresh: bool) -> None:
