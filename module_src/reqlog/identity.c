@@ -112,6 +112,7 @@ int reqlog_identify(struct reqlog_attachment *att,
 	att->partition = bdev_is_partition(bdev);
 	att->bio_based = is_bio_based(disk);
 	att->scsi = is_scsi(disk);
+	att->md = !strncmp(disk->disk_name, "md", 2);
 	att->start = get_start_sect(bdev);
 	att->end = att->start + sectors;
 	att->dev = bdev->bd_dev;

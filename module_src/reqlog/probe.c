@@ -217,6 +217,17 @@ bool reqlog_wants_bio(struct gendisk *disk, sector_t sector, u64 nr_sectors)
 	return found;
 }
 
+/*
+ * md raid0 splits a secure erase once, at the end of its first chunk, and hands
+ * all the rest to one member (seen on 6.1): other sectors of the array are
+ * erased than those that the bio says.
+ */
+static bool has_no_range(struct reqlog_attachment *att, u8 op)
+{
+	return op == REQLOG_OP_MIXED ||
+	       (op == REQLOG_OP_SECURE_ERASE && att->md);
+}
+
 void reqlog_log_disk(struct gendisk *disk, sector_t sector, u64 nr_sectors,
 		     u8 op, bool failed)
 {
@@ -226,7 +237,7 @@ void reqlog_log_disk(struct gendisk *disk, sector_t sector, u64 nr_sectors,
 	list_for_each_entry_rcu(att, &reqlog_attached, node) {
 		if (att->disk != disk || !att->bio_based)
 			continue;
-		if (op == REQLOG_OP_MIXED)
+		if (has_no_range(att, op))
 			log_all(att, failed);
 		else
 			log_range(att, sector, nr_sectors, op, failed);

@@ -43,6 +43,7 @@ struct reqlog_attachment {
 	bool partition;
 	bool bio_based;
 	bool scsi;			/* commands are struct scsi_cmnd */
+	bool md;			/* may erase other sectors than told */
 	unsigned int slot;
 	unsigned int region_shift;	/* region = sector >> region_shift */
 	unsigned long regions;

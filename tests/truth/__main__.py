@@ -76,10 +76,18 @@ def keep(kernel: str, rows: dict[str, Any] | None = None, race: dict[str, Any] |
         kept["rows"][kind] = new
     if race:
         kept["race"] = {key: race[key] for key in ("reads", "reads_in_flight", "wrong_sectors")}
-    ordered = [(kind, kept["rows"][kind]) for kind in DEVICES if kind in kept["rows"]]
-    lines = ",\n".join(f"  {json.dumps(kind)}: {json.dumps(row)}" for kind, row in ordered)
-    head = json.dumps({"kernel": kernel, "seed": SEED, "race": kept["race"]})
-    path.write_text(f'{head[:-1]}, "rows": {{\n{lines}\n}}}}\n')
+    path.write_text(layout(kernel, SEED, kept["race"], kept["rows"]))
+
+
+def layout(kernel: str, seed: int, race: dict[str, Any], rows: dict[str, Any]) -> str:
+    """The stored form: JSON with a line for each kind of device."""
+
+    def compact(value: Any) -> str:
+        return json.dumps(value, separators=(",", ":"))
+
+    head = {"licence": "SPDX-License-Identifier: GPL-3.0-or-later", "kernel": kernel, "seed": seed, "race": race}
+    lines = ",\n".join(f"{compact(kind)}:{compact(rows[kind])}" for kind in DEVICES if kind in rows)
+    return f'{compact(head)[:-1]},"rows":{{\n{lines}\n}}}}\n'
 
 
 def main() -> int:

@@ -75,8 +75,8 @@ EXACT_RATIO = 1.05
 
 # An operation that may change nothing, and why that is no fault of the test.
 MAY_CHANGE_NOTHING = {
-    "discard": "carried out, and the device still has the old content",
-    "failed": "no write that failed had changed anything, and no other was made",
+    "discard": "Carried out, and the device still has the old content.",
+    "failed": "No write that failed had changed anything, and no other was made.",
 }
 
 # What is known not to be recorded: docs/kernel.md has a paragraph on each.

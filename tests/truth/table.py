@@ -17,6 +17,7 @@ from tests.truth.catalogue import COLUMNS, DEVICES, MAY_CHANGE_NOTHING, OPEN_LIM
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/kernel.md"
 RESULTS = ROOT / "docs/truth"
+NOT_RUN = {"not_run": "not run yet"}
 BEGIN, END = "<!-- truth table: begin -->\n", "<!-- truth table: end -->\n"
 
 
@@ -69,7 +70,7 @@ def _of_kernel(result: dict[str, Any]) -> list[str]:
         lines += _line("device", *(OPERATIONS[name] for name in columns))
         lines += _line("---", *("---" for _ in columns))
         for kind, found in cells.items():
-            lines += _line(DEVICES[kind], *(_cell(kind, name, found[name], notes) for name in columns))
+            lines += _line(DEVICES[kind], *(_cell(kind, name, found.get(name, NOT_RUN), notes) for name in columns))
         lines += ["", *notes.lines()]
     return [*lines, *_below(cells), *_without(rows)]
 
@@ -79,6 +80,8 @@ def _line(*cells: str) -> list[str]:
 
 
 def _race(race: dict[str, Any]) -> str:
+    if not race:
+        return "The race: not run yet."
     return (
         f"The race: {race['reads']:,} reads of the copier, {race['reads_in_flight']:,} of them with writes in flight; "
         f"{race['wrong_sectors']:,} sectors of the copy differ from the disk at the end."
@@ -86,16 +89,18 @@ def _race(race: dict[str, Any]) -> str:
 
 
 def _cell(kind: str, name: str, cell: dict[str, Any], notes: _Notes) -> str:
+    if "not_run" in cell:
+        return str(cell["not_run"])
     if "not_offered" in cell:
-        return f"not offered {notes.name(cell['not_offered'])}"
+        return f"— {notes.name('Not offered: ' + cell['not_offered'] + '.')}"
+    counts = f"{cell['missed']:,}/{cell['changed']:,}"
     if cell["missed"]:
-        limit = OPEN_LIMITS.get((kind, name), "**defect**")
-        return f"{cell['missed']:,} of {cell['changed']:,} missed, {limit}"
+        return f"{counts} {OPEN_LIMITS.get((kind, name), '**defect**')}"
     if not cell["changed"]:
-        return f"0 changed {notes.name(MAY_CHANGE_NOTHING[name])}"
-    if name == "passthrough" and cell["marked"] == cell["sectors"]:
-        return f"suspect: all of the volume is marked, {cell['changed']:,} changed, 0 missed"
-    return f"{cell['changed']:,}, 0 missed, ×{cell['marked'] / cell['changed']:.2f}"
+        return f"{counts} {notes.name(MAY_CHANGE_NOTHING[name])}"
+    if name == "passthrough":
+        return f"{counts} suspect: all marked"
+    return f"{counts} ×{cell['marked'] / cell['changed']:.2f}"
 
 
 def _below(cells: dict[str, dict[str, Any]]) -> list[str]:
@@ -108,13 +113,11 @@ def _below(cells: dict[str, dict[str, Any]]) -> list[str]:
     ]
     for kind, row in cells.items():
         sums: dict[str, list[int]] = {}
-        for name, cell in row.items():
-            for below in cell.get("below", ()):
-                if (kind, name) in OPEN_LIMITS and name != "passthrough":
-                    continue
-                entry = sums.setdefault(below["path"], [0, 0])
-                entry[0] += below["changed"]
-                entry[1] += below["missed"]
+        for cell in row.values():
+            for path, (changed, missed) in cell.get("below", {}).items():
+                entry = sums.setdefault(path, [0, 0])
+                entry[0] += changed
+                entry[1] += missed
         for path, (changed, missed) in sums.items():
             lines += _line(DEVICES[kind], f"`{path}`", f"{changed:,}", f"{missed:,}")
     return [*lines, ""]
@@ -129,6 +132,9 @@ def _without(rows: dict[str, dict[str, Any]]) -> list[str]:
             lines += _line(DEVICES[kind], f"refused (`{refused['code']}`): {refused['message']}", refused["hint"])
         if "absent" in row:
             lines += _line(DEVICES[kind], f"not tested: {row['absent']}", "—")
+    for kind in DEVICES:
+        if kind not in rows:
+            lines += _line(DEVICES[kind], NOT_RUN["not_run"], "—")
     return [*lines, ""]
 
 

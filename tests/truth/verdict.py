@@ -68,11 +68,11 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
         if "not_offered" in cell:
             cells[name] = {"not_offered": cell["not_offered"]}
             continue
-        cells[name] = {key: cell[key] for key in ("changed", "missed", "marked", "sectors")}
+        cells[name] = {key: cell[key] for key in ("changed", "missed", "marked")}
+        if cell["marked"] == cell["sectors"]:
+            cells[name]["all"] = True
         if cell["below"]:
-            cells[name]["below"] = [
-                {key: below[key] for key in ("path", "changed", "missed", "marked")} for below in cell["below"]
-            ]
+            cells[name]["below"] = {below["path"]: [below["changed"], below["missed"]] for below in cell["below"]}
     return {**kept, "cells": cells}
 
 

@@ -113,14 +113,18 @@ def test_no_cell_is_empty_or_unexplained(result: dict[str, Any]) -> None:
         missed = {name: cell for name, cell in row.get("cells", {}).items() if cell.get("missed")}
         assert {(kind, name) for name in missed} <= set(catalogue.OPEN_LIMITS), kind
         assert ("cells" in row) + ("refused" in row) + ("absent" in row) == 1, kind
-        if "cells" in row:
-            assert set(row["cells"]) == set(catalogue.OPERATIONS), kind
-    assert result["race"]["wrong_sectors"] == 0 and result["race"]["reads_in_flight"] > 0
+        assert set(row.get("cells", {})) <= set(catalogue.OPERATIONS), kind
+    assert not result["race"] or (result["race"]["wrong_sectors"] == 0 and result["race"]["reads_in_flight"] > 0)
 
 
-def test_the_image_s_own_kernel_has_every_row() -> None:
-    [own] = [result for result in RESULTS if result["kernel"].startswith("6.1.")]
-    assert set(own["rows"]) == set(catalogue.DEVICES)
+def test_what_was_not_run_is_told() -> None:
+    cell = {"changed": 1000, "missed": 0, "marked": 1000}
+    result = {"kernel": "9.9", "seed": 1, "race": {}, "rows": {"scsi": {"cells": {"write": cell}}}}
+    lines = table.render([result]).splitlines()
+    [scsi, *_] = [line for line in lines if line.startswith(f"| {catalogue.DEVICES['scsi']} |")]
+    assert "0/1,000 ×1.00" in scsi and scsi.count("not run yet") == len(catalogue.COLUMNS[0]) - 1
+    for kind in set(catalogue.DEVICES) - {"scsi"}:
+        assert f"| {catalogue.DEVICES[kind]} | not run yet | — |" in lines
 
 
 def test_a_page_without_a_place_for_the_tables_is_an_error() -> None:

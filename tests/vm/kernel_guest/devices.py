@@ -167,7 +167,9 @@ def _zram() -> str:
 
 
 def _drop_zram() -> None:
+    """Not before udev has let go of it."""
     if Path("/sys/block/zram0").exists():
+        run("udevadm", "settle")
         Path("/sys/block/zram0/reset").write_text("1")
     _unload("zram")
 

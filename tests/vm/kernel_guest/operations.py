@@ -25,7 +25,7 @@ from tests.vm.kernel_guest.command import run
 from tests.vm.kernel_guest.devices import BMTEST_PARAMETERS, set_bmtest
 
 WRITES = 40
-FILES = 40
+FILES = 24
 MADV_PAGEOUT = 21
 PAGE = mmap.PAGESIZE
 XFS_BYTES = 16 << 20
@@ -92,7 +92,7 @@ def _fio(engine: str) -> Callable[[Target], Done]:
             "--rw=randwrite",
             "--bsrange=4k-128k",
             "--direct=1",
-            f"--io_size={4 << 20}",
+            f"--io_size={3 << 20}",
             f"--ioengine={engine}",
             "--iodepth=16",
             "--thread",

@@ -110,6 +110,7 @@ def race(path: str, seed: int) -> dict[str, Any]:
             copier.take_all()
         truth = bytearray(copier.size)
         copier.read(0, copier.size, truth)
+        os.close(copier.fd)
         control.detach(attachment.slot, attachment.attachment_id)
         wrong = numpy.frombuffer(truth, numpy.uint8) != numpy.frombuffer(copier.copy, numpy.uint8)
         return {
