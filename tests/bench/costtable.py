@@ -110,9 +110,10 @@ def facts(result: dict[str, Any]) -> str:
     counted = ("instructions", "peer_instructions")
     rounds = {key: 1 + max(run["round"] for run in result[key]) for key in (*counted, "wall")}
     loops = {run["loop"] for key in counted for run in result[key]}
+    commits = " and ".join(sorted(set(result["commits"].values())))
     widened = sum(run.get("widened", 0) for key in ("instructions", "wall") for run in result[key])
     return (
-        f"{result['date']}, commit {result['commit']}, guest kernel {result['kernel']}, host with "
+        f"{result['date']}, commit {commits}, guest kernel {result['kernel']}, host with "
         f"{result['host_cpus']} processors and without KVM; {rounds['instructions']} rounds for instructions "
         f"({rounds['peer_instructions']} for the peers), {rounds['wall']} pairs on the wall clock. A loop of 1,000,000 "
         f"instructions was counted as {min(loops):,} to {max(loops):,}; {widened} batches had widened records."

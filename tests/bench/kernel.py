@@ -189,7 +189,8 @@ def main() -> int:
             try:
                 for phase, runs in measure(Guests(lab, Path(scratch)), options):
                     result[phase] = runs
-                    result["commit"], result["kernel"] = commit(), lab.ssh(PRIMARY, "uname -r").stdout.strip()
+                    result.setdefault("commits", {})[phase] = commit()
+                    result["kernel"] = lab.ssh(PRIMARY, "uname -r").stdout.strip()
                     result["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
                     RESULT.write_text(json.dumps(result) + "\n")
             finally:

@@ -85,7 +85,7 @@ def result() -> dict[str, Any]:
     timed += [run("null 32", "attached", number, 62_500, latency=[1, 20, 9]) for number in (0, 1)]
     peer = [run("drbd-C 1", "bare", number, 10_000) for number in (0, 1)]
     peer += [run("drbd-C 1", "peer", number, 80_000, count=200, latency=[1, 45, 9]) for number in (0, 1)]
-    facts = {"date": "2026-01-01", "commit": "abc", "kernel": "6.1", "host_cpus": 2}
+    facts = {"date": "2026-01-01", "commits": {"wall": "abc"}, "kernel": "6.1", "host_cpus": 2}
     return {**facts, "instructions": counted, "peer_instructions": peer, "wall": timed, "peer_wall": peer}
 
 

@@ -221,20 +221,21 @@ int main(int argc, char **argv)
 		fail("io_setup");
 	loop = count_loop();
 
-	for (i = 0; i < pid_count; i++)
-		before[i] = task_ns(pids[i]);
+	/* What others may do meanwhile counts here or there: next to the counter is what matters most. */
 	idle = idle_ns();
 	own = own_ns();
+	for (i = 0; i < pid_count; i++)
+		before[i] = task_ns(pids[i]);
 	ticks = __rdtsc();
 	if (depth == 1)
 		one_at_a_time(count);
 	else
 		many_at_a_time(context, count, depth);
 	ticks = __rdtsc() - ticks;
-	own = own_ns() - own;
-	idle = idle_ns() - idle;
 	for (i = 0; i < pid_count; i++)
 		before[i] = task_ns(pids[i]) - before[i];
+	own = own_ns() - own;
+	idle = idle_ns() - idle;
 
 	qsort(latency, count, sizeof(*latency), compare);
 	printf("{\"ticks\": %llu, \"own_ns\": %llu, \"idle_ns\": %llu, \"loop\": %llu, \"loop_instructions\": %d, ",
