@@ -112,20 +112,21 @@ def against(name: str, bare: str, device: str, bare_count: int, count: int) -> l
     return [{"name": f"{name} {depth}", "depth": depth, "states": states} for depth in DEPTHS]
 
 
-def peer_sessions(guests: Guests, rounds: int, bare_count: int, count: int) -> list[dict[str, Any]]:
-    """The peers, one after the other, each against a bare disk in alternating rounds."""
+def peer_sessions(guests: Guests, rounds: int, bare_count: int, count: int) -> Iterator[list[dict[str, Any]]]:
+    """The peers, one after the other, each against a bare disk in alternating rounds; gives all runs so far."""
     here = guests.make_disks(PRIMARY, "bare", "drbd", "raid")
     there = guests.make_disks(REPLICA, "drbd", "raid")
-    lab, runs = guests.lab, []
+    lab, runs = guests.lab, list[dict[str, Any]]()
     drbd_disks = {REPLICA: there["drbd"], PRIMARY: here["drbd"]}
     for protocol in ("C", "A"):
         with peers.drbd(lab, protocol, drbd_disks) as device:
             say(f"DRBD protocol {protocol}")
             runs += guests.session(rounds, against(f"drbd-{protocol}", here["bare"], device, bare_count, count))
+        yield runs
     with peers.raid1_over_nbd(lab, {REPLICA: there["raid"], PRIMARY: here["raid"]}) as device:
         say("md raid1 over nbd")
         runs += guests.session(rounds, against("raid1-nbd", here["bare"], device, bare_count, count))
-    return runs
+    yield runs
 
 
 def commit() -> str:
@@ -143,7 +144,7 @@ PHASES = ("instructions", "peer_instructions", "wall", "peer_wall")
 
 
 def measure(guests: Guests, options: argparse.Namespace) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The phases that are asked for, and their runs."""
+    """The phases that are asked for, and their runs; a phase comes again with more of them."""
     quick = options.quick
     for counting, phases in ((True, PHASES[:2]), (False, PHASES[2:])):
         wanted = [phase for phase in phases if phase in (options.only or PHASES)]
@@ -163,7 +164,8 @@ def measure(guests: Guests, options: argparse.Namespace) -> Iterator[tuple[str, 
                 yield phase, guests.session(options.pairs, cases)
             else:
                 rounds = max(3, options.rounds // 2) if counting else options.pairs
-                yield phase, peer_sessions(guests, rounds, 1000 if counting else 5000, 300 if quick else 500)
+                for runs in peer_sessions(guests, rounds, 1000 if counting else 5000, 300 if quick else 500):
+                    yield phase, runs
         guests.off()
 
 
