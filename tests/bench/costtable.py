@@ -74,7 +74,7 @@ def _row(label: str, case: str, counted: Sequence[Run], timed: Sequence[Run], st
     readers = [reader(run) for run in of(counted, case, state) if "reader_all_ns" in run]
     return [
         f"{label}, {case.rpartition(' ')[2]}",
-        _cell(estimate(bare), 0),
+        _cell(estimate(bare) if bare else None, 0),
         _cell(compare(counted, case, "again", instructions, "difference"), 0),
         _cell(compare(counted, case, "loaded", instructions, "difference"), 0),
         _cell(compare(counted, case, state, instructions, "difference"), 0),
@@ -100,7 +100,8 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
         again = [compare(result["wall"], case, "again", value, "ratio") for value in (requests_per_tick, p99)]
         label = f"equal rounds: null_blk, {case.rpartition(' ')[2]}"
         made.append([label, *[""] * 6, _cell(again[0], 3), _cell(again[1], 2)])
-    for name, case in _cases(result["peer_instructions"], list(PEERS)):
+    # A case that was only timed, or only counted, has its row too.
+    for name, case in _cases([*result["peer_wall"], *result["peer_instructions"]], list(PEERS)):
         made.append(_row(PEERS[name], case, result["peer_instructions"], result["peer_wall"], "peer"))
     return made
 

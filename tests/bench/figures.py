@@ -23,7 +23,9 @@ class Estimate:
 
     def text(self, digits: int) -> str:
         """`1.13 (1.10 … 1.17)`."""
-        return f"{self.middle:.{digits}f} ({self.low:.{digits}f} … {self.high:.{digits}f})"
+        # Adding 0 takes the sign from a zero.
+        middle, low, high = (round(value, digits) + 0.0 for value in (self.middle, self.low, self.high))
+        return f"{middle:.{digits}f} ({low:.{digits}f} … {high:.{digits}f})"
 
 
 def estimate(values: Sequence[float], seed: int = 1) -> Estimate:

@@ -33,9 +33,7 @@ def _drbd_config(protocol: str, disks: dict[str, str]) -> str:
     sides = "".join(
         f"  on {host} {{ disk {disk}; address {lan_address(host)}:7789; }}\n" for host, disk in disks.items()
     )
-    # Its patience is for real machines: an emulated one may stand still for longer than the half second of a ping.
-    patience = "timeout 250; connect-int 30; ping-int 30; ping-timeout 300;"
-    options = f"net {{ protocol {protocol}; {patience} }}\n  device /dev/drbd0;\n  meta-disk internal;"
+    options = f"net {{ protocol {protocol}; }}\n  device /dev/drbd0;\n  meta-disk internal;"
     return f"global {{ usage-count no; }}\nresource bench {{\n  {options}\n{sides}}}\n"
 
 

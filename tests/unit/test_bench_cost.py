@@ -41,6 +41,10 @@ def test_one_far_value_does_not_move_the_interval() -> None:
     assert 98 <= found.low and found.high <= 102
 
 
+def test_there_is_no_negative_zero() -> None:
+    assert figures.Estimate(-0.2, -1.4, 0.4).text(0) == "0 (-1 … 0)"
+
+
 def test_too_few_values_have_no_interval() -> None:
     with pytest.raises(ValueError, match="two values"):
         figures.estimate([1.0])
@@ -99,6 +103,13 @@ def test_the_rows_say_what_the_runs_say() -> None:
     assert peer[0] == "DRBD 8.4, protocol C, 1"
     assert peer[4:6] == ["300 (300 … 300)", "300 (300 … 300)"] and peer[6] == ""
     assert peer[7:] == ["0.250 (0.250 … 0.250)", "4.50 (4.50 … 4.50)"]
+
+
+def test_a_peer_that_was_only_timed_has_its_row() -> None:
+    told = result()
+    told["peer_instructions"] = []
+    row = costtable.rows(told)[-1]
+    assert row[:7] == ["DRBD 8.4, protocol C, 1", *[""] * 6] and row[7] == "0.250 (0.250 … 0.250)"
 
 
 def test_the_plot_is_xml_and_has_all_bars() -> None:
