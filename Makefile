@@ -10,7 +10,7 @@ export PYTHONPATH := src:.
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint truth bench lab-up lab-down test-unit test-vm test-kernels test-ansible test-mutants module clean
+.PHONY: help setup demo test lint truth bench lab-up lab-down test-unit test-vm test-kernels test-ansible test-mutants test-debug-kernel bench-kernel module clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ truth: setup ## compare the log with the truth for each kind of device and opera
 
 bench: setup ## measure what tracking and shipping cost
 	$(PY) -m tests.bench
+
+bench-kernel: setup ## count what a write costs with tracking, and with DRBD or raid1 over nbd
+	$(PY) -m tests.bench.kernel $(BENCH_KERNEL)
 
 lab-up: setup ## boot the two VMs and leave them running
 	$(PY) -m lab up

@@ -32,6 +32,7 @@ EPILOG = """\
 environment:
   BMIGRATE_LAB             name of the instance (default: default); instances do not disturb each other
   BMIGRATE_LAB_CPUS        processors of a guest (2)
+  BMIGRATE_LAB_ICOUNT      1: one processor, whose clock counts the instructions that it executes
   BMIGRATE_LAB_MEMORY_MIB  memory of a guest (1024)
   BMIGRATE_LAB_APPEND      more arguments for the guests' kernel
   BMIGRATE_LAB_KERNEL      directory of another kernel for a new lab's guests: see kernels list

@@ -28,6 +28,10 @@ COMMAND_LINE = (
 )
 
 
+# With -icount QEMU's time stamp counter counts the nanoseconds of the guest's clock.
+COUNTING_KHZ = 1_000_000
+
+
 @dataclass(frozen=True)
 class Ports:
     """The loopback ports of one guest: TCP for ssh and PostgreSQL, UDP for its end of the LAN."""
@@ -49,6 +53,31 @@ def can_virtualise() -> bool:
     return bool(words & {"vmx", "svm"}) and os.access("/dev/kvm", os.R_OK | os.W_OK)
 
 
+def counts_instructions() -> bool:
+    """BMIGRATE_LAB_ICOUNT: whether a guest's clock advances by one nanosecond for each instruction that it executes."""
+    return os.environ.get("BMIGRATE_LAB_ICOUNT", "") not in ("", "0")
+
+
+def _processor(counting: bool, takes_turns: bool) -> tuple[list[str], str]:
+    """How the guest's processor is made, and what its kernel is told about clocks."""
+    if counting:
+        # One thread, or there is no one count. Idle time passes as it does outside (sleep=on): a guest that only waits
+        # for its disk would otherwise find that its timeouts are over. Without `rep movsb`, of which QEMU counts
+        # each repetition, the kernel copies eight bytes at a time.
+        accelerate = ["-accel", "tcg,thread=single,tb-size=256", "-icount", "shift=0,align=off,sleep=on"]
+        processor = "max,la57=off,svm=off,erms=off"
+        return [*accelerate, "-cpu", processor], tscrate.kernel_arguments(COUNTING_KHZ)
+    if can_virtualise():
+        return ["-accel", "kvm", "-cpu", "host"], ""
+    # The guest must not measure its clock while the host is busy: see tscrate.py.
+    # With processors that translate side by side QEMU 7.2 once ran an int3 that the kernel had replaced already, and
+    # the guest panicked while a tracepoint was switched. Guests with other kernels are there for tests that switch
+    # tracepoints all the time, and take turns with their processors.
+    threads = "single" if takes_turns else "multi"
+    accelerate = ["-accel", f"tcg,thread={threads},tb-size=256", "-cpu", "max,la57=off,svm=off"]
+    return accelerate, tscrate.kernel_arguments(tscrate.measure_khz())
+
+
 def arguments(
     vm: str, index: int, ports: Ports, peer_lan_port: int, kernel: Path, label: str, modules: Path | None = None
 ) -> list[str]:
@@ -56,20 +85,11 @@ def arguments(
 
     modules: a file system that the guest sees as a read-only disk behind all others.
     """
-    cpus = os.environ.get("BMIGRATE_LAB_CPUS", "2")
+    counting = counts_instructions()
+    cpus = "1" if counting else os.environ.get("BMIGRATE_LAB_CPUS", "2")
     memory = os.environ.get("BMIGRATE_LAB_MEMORY_MIB", "1024")
     forward = f"hostfwd=tcp:127.0.0.1:{ports.ssh}-10.0.2.15:22,hostfwd=tcp:127.0.0.1:{ports.postgresql}-10.0.2.15:5432"
-    # With processors that translate side by side QEMU 7.2 once ran an int3 that the kernel had replaced already, and
-    # the guest panicked while a tracepoint was switched. Guests with other kernels are there for tests that switch
-    # tracepoints all the time, and take turns with their processors.
-    threads = "single" if modules else "multi"
-    accelerate = (
-        ["-accel", "kvm", "-cpu", "host"]
-        if can_virtualise()
-        else ["-accel", f"tcg,thread={threads},tb-size=256", "-cpu", "max,la57=off,svm=off"]
-    )
-    # The guest must not measure its clock while the host is busy: see tscrate.py.
-    clock = "" if can_virtualise() else tscrate.kernel_arguments(tscrate.measure_khz())
+    accelerate, clock = _processor(counting, modules is not None)
     more = os.environ.get("BMIGRATE_LAB_APPEND", "")
     argv = [
         "qemu-system-x86_64",

@@ -27,8 +27,10 @@ static void free_rings(struct bufflink_channel *channel)
 	for_each_possible_cpu(cpu) {
 		ring = per_cpu_ptr(channel->rings, cpu);
 		/* A last wake-up may still be under way. */
-		if (ring->records)
-			irq_work_sync(&ring->wake);
+		if (ring->records) {
+			irq_work_sync(&ring->later.work);
+			irq_work_sync(&ring->now.work);
+		}
 		vfree(ring->records);
 	}
 	free_percpu(channel->rings);
@@ -45,8 +47,11 @@ static int alloc_rings(struct bufflink_channel *channel)
 		return -ENOMEM;
 	for_each_possible_cpu(cpu) {
 		ring = per_cpu_ptr(channel->rings, cpu);
-		ring->channel = channel;
-		init_irq_work(&ring->wake, bufflink_wake);
+		ring->later.channel = channel;
+		ring->now.channel = channel;
+		init_irq_work(&ring->later.work, bufflink_wake);
+		ring->later.work.node.u_flags |= IRQ_WORK_LAZY;
+		init_irq_work(&ring->now.work, bufflink_wake);
 		ring->records = vzalloc_node(bytes, cpu_to_node(cpu));
 		if (!ring->records) {
 			free_rings(channel);

@@ -21,6 +21,12 @@
 /* Less makes no progress when overflow and rings share a batch. */
 #define BUFFLINK_BATCH_MIN	2U
 
+/* What wakes the reader, see bufflink_wake(). */
+struct bufflink_wake {
+	struct irq_work work;
+	struct bufflink_channel *channel;
+};
+
 /*
  * One ring for each possible CPU. head, tail and consumed only grow; they wrap
  * with unsigned long and are compared by difference.
@@ -34,8 +40,8 @@ struct bufflink_ring {
 	unsigned long head;
 	unsigned long overflowed;
 	void *records;
-	struct irq_work wake;
-	struct bufflink_channel *channel;
+	struct bufflink_wake later;	/* at the next tick */
+	struct bufflink_wake now;
 
 	/* Written by the reader, under channel->lock. */
 	unsigned long tail ____cacheline_aligned_in_smp;

@@ -45,28 +45,40 @@ static void *ring_slot(const struct bufflink_channel *channel,
 }
 
 /*
- * Runs from the interrupt of the irq_work, outside of whatever the producer was
- * in the middle of: waking a task takes scheduler locks that the producer (a
- * completion under such a lock) might already hold.
+ * Runs from an interrupt of its own, outside of whatever the producer was in the
+ * middle of: waking a task takes scheduler locks that the producer (a completion
+ * under such a lock) might already hold.
+ *
+ * The wake-up of a ring that fills is lazy, which means at the next tick of this
+ * CPU, or at once if the CPU is idle and its tick stopped. A reader that was
+ * woken for each record would cost an interrupt for each request, also while it
+ * is awake and waits for a CPU, because it leaves the wait queue only when it
+ * runs. Only a ring that is half full asks for the reader at once, and once.
  */
 void bufflink_wake(struct irq_work *work)
 {
-	struct bufflink_ring *ring =
-		container_of(work, struct bufflink_ring, wake);
+	struct bufflink_wake *wake =
+		container_of(work, struct bufflink_wake, work);
 
-	wake_up_interruptible_poll(&ring->channel->wait, EPOLLIN | EPOLLRDNORM);
+	wake_up_interruptible_poll(&wake->channel->wait, EPOLLIN | EPOLLRDNORM);
 }
 
 /*
+ * Under way already: it will run on this CPU, after our interrupts-off section,
+ * so it comes after the record, and there is nothing more to do.
+ *
  * wq_has_sleeper() has a full barrier between the producer's write of head or
  * overflowed and the look at the wait queue. The reader puts itself on the queue,
  * then a full barrier, then looks at head and overflowed. So either the reader
  * sees the record or the producer sees the reader; no wake-up is lost.
  */
-static void wake_reader(struct bufflink_channel *channel)
+static __always_inline void wake_reader(struct bufflink_channel *channel,
+					struct bufflink_wake *wake)
 {
+	if (atomic_read(&wake->work.node.a_flags) & IRQ_WORK_PENDING)
+		return;
 	if (wq_has_sleeper(&channel->wait))
-		irq_work_queue(&this_cpu_ptr(channel->rings)->wake);
+		irq_work_queue(&wake->work);
 }
 
 /*
@@ -89,32 +101,48 @@ void bufflink_overflowed(struct bufflink_channel *channel)
 
 	local_irq_save(flags);
 	note_overflow(channel);
-	wake_reader(channel);
+	wake_reader(channel, &this_cpu_ptr(channel->rings)->later);
 	local_irq_restore(flags);
 }
 EXPORT_SYMBOL_GPL(bufflink_overflowed);
 
+/* Records are whole words; a call of memcpy() would cost more than the copy. */
+static __always_inline void put_record(u64 *to, const u64 *from,
+				       unsigned int bytes)
+{
+	unsigned int i;
+
+	for (i = 0; i < bytes / sizeof(*to); i++)
+		to[i] = from[i];
+}
+
 void bufflink_produce(struct bufflink_channel *channel, const void *record)
 {
+	unsigned long flags, head, used;
 	struct bufflink_ring *ring;
-	unsigned long flags, head, tail;
+	struct bufflink_wake *wake;
+	unsigned int limit;
 
 	local_irq_save(flags);
 	ring = this_cpu_ptr(channel->rings);
+	wake = &ring->later;
 	head = ring->head;
 	/* Before the slot is overwritten; pairs with bufflink_ring_take(). */
-	tail = smp_load_acquire(&ring->tail);
-	if (likely(head - tail < bufflink_ring_limit(channel))) {
-		memcpy(ring_slot(channel, ring, head), record,
-		       channel->record_bytes);
+	used = head - smp_load_acquire(&ring->tail);
+	limit = bufflink_ring_limit(channel);
+	if (likely(used < limit)) {
+		put_record(ring_slot(channel, ring, head), record,
+			   channel->record_bytes);
 		/* After the record's bytes; pairs with bufflink_ring_take(). */
 		smp_store_release(&ring->head, head + 1);
+		if (unlikely(used == limit / 2))
+			wake = &ring->now;
 	} else {
 		WRITE_ONCE(ring->overflowed, ring->overflowed + 1);
 		channel->ops->overflow(record);
 		note_overflow(channel);
 	}
-	wake_reader(channel);
+	wake_reader(channel, wake);
 	local_irq_restore(flags);
 }
 EXPORT_SYMBOL_GPL(bufflink_produce);

@@ -33,7 +33,7 @@ struct reqlog_attachment *reqlog_slot(unsigned int slot)
 
 struct reqlog_attachment *reqlog_slot_rcu(unsigned int slot)
 {
-	return rcu_dereference(slots[slot]);
+	return rcu_dereference_sched(slots[slot]);
 }
 
 /* Under reqlog_lock. */

@@ -46,8 +46,9 @@ u8 reqlog_op(req_op_t op)
  * is not the volume's. What is behind the known end of a whole disk is: the disk
  * has grown since, and the entry's flag says so.
  */
-static void log_range(struct reqlog_attachment *att, sector_t sector,
-		      u64 nr_sectors, u8 op, bool failed)
+static __always_inline void log_range(struct reqlog_attachment *att,
+				      sector_t sector, u64 nr_sectors, u8 op,
+				      bool failed)
 {
 	sector_t end = sector + nr_sectors;
 	struct reqlog_record record;
@@ -172,34 +173,64 @@ static bool is_path_of(struct gendisk *disk, struct reqlog_attachment *att)
 	       att->driver == disk->fops->owner;
 }
 
+/*
+ * The list is walked with preemption off, which is an RCU section and costs less
+ * than rcu_read_lock(). The attachment's reference keeps the disk's memory, so an
+ * equal pointer is the same disk. DETACH waits for this section to end.
+ *
+ * A write that succeeded has a way of its own, because nearly all are, and each
+ * of them would pay for what the others need.
+ */
+static __always_inline void log_written(struct gendisk *disk, sector_t sector,
+					u64 nr_sectors)
+{
+	struct reqlog_attachment *att;
+
+	rcu_read_lock_sched();
+	list_for_each_entry_rcu(att, &reqlog_attached, node) {
+		if (att->disk == disk)
+			log_range(att, sector, nr_sectors, REQLOG_OP_WRITE,
+				  false);
+	}
+	rcu_read_unlock_sched();
+}
+
+static noinline void log_other(struct gendisk *disk, struct request *rq,
+			       bool failed, unsigned int nr_bytes)
+{
+	bool passthrough = blk_rq_is_passthrough(rq);
+	struct reqlog_attachment *att;
+
+	if (passthrough ? !passthrough_may_write(rq) :
+			  !op_is_write(rq->cmd_flags))
+		return;
+
+	rcu_read_lock_sched();
+	list_for_each_entry_rcu(att, &reqlog_attached, node) {
+		if (passthrough && is_path_of(disk, att))
+			log_all(att, failed);
+		if (att->disk != disk)
+			continue;
+		if (!passthrough)
+			log_request(att, rq, failed, nr_bytes);
+		else if (!att->scsi || !scsi_changes_nothing(rq))
+			log_all(att, failed);
+	}
+	rcu_read_unlock_sched();
+}
+
 static void probe_rq_complete(void *unused, struct request *rq,
 			      rq_complete_status_t error, unsigned int nr_bytes)
 {
 	struct gendisk *disk = compat_rq_disk(rq);
-	bool passthrough = blk_rq_is_passthrough(rq);
-	struct reqlog_attachment *att;
 
 	if (!disk)
 		return;
-	if (passthrough ? !passthrough_may_write(rq) : !op_is_write(rq->cmd_flags))
-		return;
-
-	/*
-	 * The attachment's reference keeps the disk's memory, so an equal
-	 * pointer is the same disk. DETACH waits for this section to end.
-	 */
-	rcu_read_lock();
-	list_for_each_entry_rcu(att, &reqlog_attached, node) {
-		if (passthrough && is_path_of(disk, att))
-			log_all(att, !!error);
-		if (att->disk != disk)
-			continue;
-		if (!passthrough)
-			log_request(att, rq, !!error, nr_bytes);
-		else if (!att->scsi || !scsi_changes_nothing(rq))
-			log_all(att, !!error);
-	}
-	rcu_read_unlock();
+	if (likely(req_op(rq) == REQ_OP_WRITE && !error && nr_bytes))
+		log_written(disk, blk_rq_pos(rq),
+			    DIV_ROUND_UP(nr_bytes, SECTOR_SIZE));
+	else if (req_op(rq) != REQ_OP_READ)
+		log_other(disk, rq, !!error, nr_bytes);
 }
 
 bool reqlog_wants_bio(struct gendisk *disk, sector_t sector, u64 nr_sectors)

@@ -107,13 +107,13 @@ def _build(
     return modules
 
 
-def unpack(lab: Lab, files: dict[str, Path], directory: str) -> None:
+def unpack(lab: Lab, files: dict[str, Path], directory: str, host: str = HOST) -> None:
     """Put files into a directory of the guest: name there, path here."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, path in files.items():
             archive.add(path, name)
-    command = [*lab.ssh_argv(HOST), f"mkdir -p {directory} && tar xmf - -C {directory}"]
+    command = [*lab.ssh_argv(host), f"mkdir -p {directory} && tar xmf - -C {directory}"]
     subprocess.run(command, input=buffer.getvalue(), check=True, timeout=120)
 
 

@@ -136,6 +136,12 @@ def test_a_barrier_waits_for_the_last_region(bench: Bench) -> None:
     assert result["regions"] == 200 and result["batches"] > 20
 
 
+def test_a_sleeping_reader_is_woken_and_not_by_each_write(bench: Bench) -> None:
+    result = bench.case("delivery", "wake_ups")
+    assert result["silent"] == [] and result["records"] >= 3020, result
+    assert result["interrupts"] < 300, result
+
+
 def test_the_ring_of_an_offline_cpu_is_read(bench: Bench) -> None:
     assert bench.case("delivery", "offline_cpu") == {"records": 80}
 

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import mmap
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 from bmigrate.kernel import abi
 from bmigrate.kernel.channel import Channel
+from tests.vm.kernel_guest import devices
 from tests.vm.kernel_guest.cases import (
     LIMIT_SECONDS,
     REGION,
@@ -257,6 +259,54 @@ def many_regions_in_small_batches(device: str) -> dict[str, Any]:
             passed_after += 1
         assert marked == set(regions), sorted(marked ^ set(regions))
         return {"batches": passed_after, "regions": len(regions)}
+
+
+def _wake_interrupts() -> int:
+    """How often a processor has interrupted itself for work such as waking the reader."""
+    line = next(line for line in Path("/proc/interrupts").read_text().splitlines() if line.split()[0] == "IWI:")
+    return sum(int(word) for word in line.split()[1:] if word.isdigit())
+
+
+def wake_ups(device: str) -> dict[str, Any]:
+    """Each lonely write wakes the sleeping reader; of many in a row not each costs an interrupt."""
+    disk = devices.null_disk()
+    counts: list[int] = []
+    stop = threading.Event()
+    silent: list[str] = []
+
+    def read(channel: Channel) -> None:
+        poll = select.poll()
+        poll.register(channel, select.POLLIN)
+        while not stop.is_set():
+            if not poll.poll(LIMIT_SECONDS * 1000):
+                silent.append(f"not woken after {sum(counts)} records")
+                return
+            counts.extend(len(batch.records) for batch in empty(channel))
+
+    def wait_for_records(total: int) -> None:
+        wait_for(lambda: silent or sum(counts) == total, f"{total} records")
+
+    try:
+        with attached(disk), Channel() as channel:
+            reader = threading.Thread(target=read, args=(channel,))
+            reader.start()
+            for number in range(20):
+                write(disk, number * 8, 8)
+                wait_for_records(number + 1)
+            before = _wake_interrupts()
+            fd = os.open(disk, os.O_WRONLY | os.O_DIRECT)
+            with mmap.mmap(-1, 4096) as block:
+                for number in range(3000):
+                    os.pwrite(fd, block, number * 4096)
+            os.close(fd)
+            interrupts = _wake_interrupts() - before
+            wait_for_records(3020)
+            stop.set()
+            write(disk, 0, 8)
+            reader.join()
+    finally:
+        devices.drop_null()
+    return {"silent": silent, "records": sum(counts), "interrupts": interrupts}
 
 
 def offline_cpu(device: str) -> dict[str, Any]:
