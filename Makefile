@@ -13,7 +13,7 @@ export PYTHONPATH := src:.
 .PHONY: help setup demo test lint truth bench lab-up lab-down test-unit test-vm test-kernels test-ansible test-mutants test-debug-kernel bench-kernel module clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## install what is missing on this machine (Debian 12; needs root or sudo) and make .venv
 	@tools/setup
@@ -23,7 +23,7 @@ demo: setup ## boot two VMs, move a live PostgreSQL there and back, print the ev
 
 # Another kernel has a guest of its own, over before the others boot. One boot of these serves all: first what needs
 # them bare, then what installs, then what needs them installed.
-BARE := tests/vm/test_kernels.py tests/vm/test_kernel_modules.py tests/vm/test_kernel_life.py
+BARE := $(addprefix tests/vm/test_,kernels.py kernel_modules.py kernel_stress.py kernel_life.py)
 TESTS := tests/unit tests/contract $(BARE) tests/ansible $(filter-out $(BARE),$(sort $(wildcard tests/vm/test_*.py)))
 test: setup lint module ## lint, kernel build, then unit, contract, Ansible and VM tests
 	$(PYTEST) --durations=20 --tb=short $(TESTS)
@@ -45,6 +45,10 @@ test-kernels: setup ## build for and test on 5.10, 6.1, 6.12 and the newest kern
 
 test-ansible: setup ## playbooks, molecule and ansible-runner on the lab's guests
 	$(PYTEST) tests/ansible
+
+test-debug-kernel: setup ## truth, bad input and storms on a kernel that checks itself (KASAN, lockdep, kmemleak)
+	$(PY) -m lab.debugkernel
+	$(PYTEST) --durations=0 --tb=short tests/debug_kernel
 
 test-mutants: setup ## sabotage the programs on purpose and show which test notices
 	$(PY) -m tests.mutants

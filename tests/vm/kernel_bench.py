@@ -120,6 +120,9 @@ def unpack(lab: Lab, files: dict[str, Path], directory: str, host: str = HOST) -
 class Bench:
     """The host of the kernel tests, with the module under test loaded."""
 
+    #: What one guest program may take.
+    limit_seconds = 1700.0
+
     def __init__(self, lab: Lab, scratch: Path) -> None:
         self.lab, self.scratch = lab, scratch
         self.modules: dict[str, Path] = {}
@@ -198,7 +201,7 @@ class Bench:
 
     def watched(self, program: str, *argv: str) -> str:
         """A guest program that must succeed and leave no trace of trouble in the kernel log. Its last line."""
-        answer = self.python("-m", "tests.vm.kernel_guest.watched", program, *argv, timeout=1700).stdout
+        answer = self.python("-m", "tests.vm.kernel_guest.watched", program, *argv, timeout=self.limit_seconds).stdout
         done = json.loads(answer.strip().splitlines()[-1])
         log = "\n".join(done["log"])
         assert done["status"] == 0, f"{program} {' '.join(argv)}:\n{done['output']}{done['errors']}\nkernel log:\n{log}"

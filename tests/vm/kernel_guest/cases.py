@@ -48,9 +48,9 @@ def main(module: Mapping[str, Any]) -> None:
     print(json.dumps(outcome))
 
 
-def wait_for(condition: Callable[[], Any], what: str) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, limit_seconds: float = LIMIT_SECONDS) -> Any:
     """Poll `condition` until it is true; its value. Raises TimeoutError."""
-    end = time.monotonic() + LIMIT_SECONDS
+    end = time.monotonic() + limit_seconds
     while time.monotonic() < end:
         value = condition()
         if value:

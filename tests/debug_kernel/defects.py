@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Defects that are put into a copy of the modules, to show that the debug kernel finds what it is there to find."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.vm.kernel_bench import ROOT
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One change of a source file, and what the kernel must say about it.
+
+    Attributes:
+        name: for people.
+        file: in module_src.
+        old: text that is there exactly once.
+        new: what it becomes.
+        said: regular expression for the first line of the report, or of kmemleak's entry.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    said: str
+
+
+# KASAN's last: its first report switches KASAN and lockdep off.
+DEFECTS = (
+    Defect(
+        "an overflow map that is never freed",
+        "reqlog/overflow.c",
+        "\tvfree(att->failed);\n",
+        "",
+        r"unreferenced object 0x[0-9a-f]+ \(size \d+\)",
+    ),
+    Defect(
+        "a probe that may sleep",
+        "reqlog/probe.c",
+        "\trcu_read_lock();\n\tlist_for_each_entry_rcu(att, &reqlog_attached, node) {\n"
+        "\t\tif (passthrough && is_path_of",
+        "\trcu_read_lock();\n\tmight_sleep();\n\tlist_for_each_entry_rcu(att, &reqlog_attached, node) {\n"
+        "\t\tif (passthrough && is_path_of",
+        r"BUG: sleeping function called from invalid context",
+    ),
+    Defect(
+        "an attachment that is looked at after it was freed",
+        "reqlog/attach.c",
+        "\t\tRCU_INIT_POINTER(slots[slot], NULL);\n\t\tfree_attachment(att);\n\t}\n}\n\n/*\n * Slots are taken",
+        "\t\tfree_attachment(att);\n\t\tRCU_INIT_POINTER(slots[att->slot], NULL);\n\t}\n}\n\n/*\n * Slots are taken",
+        r"BUG: KASAN: use-after-free in reqlog_reap",
+    ),
+)
+
+
+def broken_copy(defect: Defect, directory: Path) -> Path:
+    """The sources with the defect in them."""
+    copy = directory / "broken"
+    shutil.copytree(ROOT / "module_src", copy, ignore=shutil.ignore_patterns("*.ko", "*.o", "*.mod*", "*.cmd"))
+    path = copy / defect.file
+    text = path.read_text()
+    assert text.count(defect.old) == 1, f"{defect.name}: {defect.file} has changed"
+    path.write_text(text.replace(defect.old, defect.new))
+    return copy
