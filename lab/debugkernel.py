@@ -24,7 +24,7 @@ from pathlib import Path
 
 from lab import image, initramfs
 from lab.errors import LabError
-from lab.kernels import Kernel, kernels_directory
+from lab.kernels import MODULES, Kernel, kernels_directory
 from lab.paths import RECIPE
 
 CONFIG = Path(__file__).resolve().parent / "debug_kernel" / "config"
@@ -45,21 +45,21 @@ class DebugKernel(Kernel):
         """KDIR."""
         return self.directory / "build"
 
-    def build(self, source: Path, target: Path, *arguments: str) -> str:
+    def build(self, source: Path, target: Path, *arguments: str, modules: tuple[str, ...] = MODULES) -> str:
         """Build the modules in a copy of `source`, and put what came out into `target`; what make said.
 
         Raises:
             LabError: make failed; all that it said is in the text.
         """
         with tempfile.TemporaryDirectory() as directory:
-            copy = Path(directory) / "module_src"
+            copy = Path(directory) / "source"
             shutil.copytree(source, copy, ignore=shutil.ignore_patterns("*.ko", "*.o", "*.mod*", "*.cmd"))
             argv = ["make", "-C", str(copy), f"KDIR={self.tree}", *arguments]
             done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
             if done.returncode:
                 raise LabError(f"building for {self.release} failed:\n{done.stdout}")
             target.mkdir(parents=True, exist_ok=True)
-            for module in ("bufflink.ko", "reqlog.ko"):
+            for module in modules:
                 shutil.copyfile(copy / module, target / module)
         return done.stdout
 

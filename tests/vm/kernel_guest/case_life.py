@@ -62,19 +62,23 @@ def resized(device: str) -> dict[str, Any]:
         run("vgcreate", "-q", "kerneltest", disk)
         run("lvcreate", "-q", "-y", "-Wn", "-Zn", "-L", "16M", "-n", "life", "kerneltest")
         volume = "/dev/kerneltest/life"
-        result = {}
+        result: dict[str, Any] = {}
         with Host(volume) as host:
             for size in (32, 8):
                 host.in_step()
                 run("lvresize", "-q", "-y", "-f", "-L", f"{size}M", volume)
                 status = host.until("was resized")
-                wait_for(lambda size=size: host.status()["size_bytes"] == size << 20, "a map of the new size")
+                _until_size(host, size << 20)
                 write(volume, (size << 11) - 8, 8)
-                result[size] = covers(host.claim(), (size << 20) - 4096, 4096) and bool(status["suspect"])
+                result[str(size)] = covers(host.claim(), (size << 20) - 4096, 4096) and bool(status["suspect"])
         return result
     finally:
         subprocess.run(["vgremove", "-q", "-y", "-f", "kerneltest"], capture_output=True)
         devices.drop_scsi()
+
+
+def _until_size(host: Host, size_bytes: int) -> None:
+    wait_for(lambda: host.status()["size_bytes"] == size_bytes, "a map of the new size")
 
 
 def partitions(device: str) -> dict[str, Any]:

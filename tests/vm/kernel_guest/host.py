@@ -69,8 +69,9 @@ class Host:
             self.process = subprocess.Popen([sys.executable, "-m", "bmigrate", "breqd"], stdout=log, stderr=log)
         if not answers:
             return
-        wait_for(lambda: self._answers() or self.process.poll() is not None, "breqd to answer")
-        assert self.process.poll() is None, (ROOT / "log").read_text()
+        process = self.process
+        wait_for(lambda: self._answers() or process.poll() is not None, "breqd to answer")
+        assert process.poll() is None, (ROOT / "log").read_text()
 
     def _answers(self) -> bool:
         try:
@@ -116,7 +117,7 @@ class Host:
     def claim(self, name: str = "v0") -> list[list[int]]:
         """Claim all that is dirty by now and acknowledge it; its extents, in bytes."""
         self.epoch += 1
-        extents = []
+        extents: list[list[int]] = []
         with rpc.Client(paths.breqd_socket(), 60.0) as client:
             client.call("fence", workload=name, epoch=self.epoch, fence_id=str(self.epoch))
             client.call("barrier", workload=name)
