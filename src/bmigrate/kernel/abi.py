@@ -201,10 +201,11 @@ REASONS = {
     4: ("diskseq_mismatch", "another disk now has this device number", "look up the volume again and retry"),
     5: (
         "bio_based",
-        "the device is bio-based (dm, md, zram, brd, nvme multipath head), which cannot be tracked yet",
-        "protect a request-based disk or partition instead",
+        "the device handles bios itself (dm, md, zram, brd, nvme multipath head), and the caller or a real-time "
+        "kernel does not allow for that",
+        "attach it through breqd, on a kernel that is not real-time, or attach the disk below",
     ),
-    6: ("zoned", "zoned disks are not supported", "protect a disk that is not zoned"),
+    6: ("zoned", "zoned disks are not supported", "attach a disk that is not zoned, or a dm-zoned device above it"),
     7: ("gone", "the disk is being removed", "bring the disk back, then attach again"),
     8: ("attached", "the volume is attached already", "list the attachments and adopt or detach it"),
     9: ("no_slot", "no free slot", "detach volumes, and let the reader consume what is left of them"),
