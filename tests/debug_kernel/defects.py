@@ -41,9 +41,9 @@ DEFECTS = (
     Defect(
         "a probe that may sleep",
         "reqlog/probe.c",
-        "\trcu_read_lock();\n\tlist_for_each_entry_rcu(att, &reqlog_attached, node) {\n"
+        "\trcu_read_lock_sched();\n\tlist_for_each_entry_rcu(att, &reqlog_attached, node) {\n"
         "\t\tif (passthrough && is_path_of",
-        "\trcu_read_lock();\n\tmight_sleep();\n\tlist_for_each_entry_rcu(att, &reqlog_attached, node) {\n"
+        "\trcu_read_lock_sched();\n\tmight_sleep();\n\tlist_for_each_entry_rcu(att, &reqlog_attached, node) {\n"
         "\t\tif (passthrough && is_path_of",
         r"BUG: sleeping function called from invalid context",
     ),

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Union
 
-from bmigrate.breqd import cleanflag
+from bmigrate.breqd import cleanflag, track
 from bmigrate.breqd.maps import Key
 from bmigrate.breqd.tracker import Tracked, as_refusal
 from bmigrate.common import blockdev, config, rpc, state
@@ -182,6 +182,12 @@ class Requests:
         suspect = None
         if item is not None and item.role == "primary":
             suspect = f"not tracked: {error.message if error else 'not attached'}"
+            try:
+                record = track.load(*key)
+            except BmigrateError:
+                record = None
+            if record is not None and record.suspect:
+                suspect += f" ({record.suspect['reason']})"
         return {
             **dict.fromkeys(
                 (
