@@ -110,8 +110,8 @@ def test_a_device_that_never_rests_is_blind_when_nothing_at_all_is_recorded() ->
 
 def test_a_device_that_is_not_counted_says_so() -> None:
     witness = Witness(True)
-    for second in range(3):
-        witness.take(Sample(0, 0, 8 * second, float(second)))
+    for second, recorded in enumerate([0, 0, 8, 8, 8]):
+        witness.take(Sample(0, 0, recorded, float(second)))
     assert witness.state == "uncounted" and "does not count" in str(witness.describe(3.0)["reason"])
 
 

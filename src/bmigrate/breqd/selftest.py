@@ -98,7 +98,10 @@ class Witness:
         written = sample.written - self._window[1]
         lacking = written - (sample.recorded - self._window[0])
         # Not asked of queue/iostats: dm of Linux 6.1 says 0 there and counts, other drivers say 1 and do not.
-        self.counted = bool(written) or sample.recorded <= self._window[0] + self._gift
+        if written:
+            self.counted = True
+        elif sample.recorded > self._window[0] + self._gift:
+            self.counted = False
         if lacking <= 0:
             if written and (lacking + self._gift <= 0 or written >= PROOF_FACTOR * self._gift):
                 self.proven_sectors += max(0, sample.written - last.written)
