@@ -43,7 +43,7 @@ class Target:
 
     path: of the device. seed: of its own. failing: makes writes of this device fail as long as it is entered, None if
     nothing can. on_bmtest: whether bmtest is below. first_sector: where the volume begins on the disk that executes
-    commands.
+    commands. threads: how many may write at once.
     """
 
     path: str
@@ -51,6 +51,7 @@ class Target:
     failing: Callable[[], AbstractContextManager[None]] | None
     on_bmtest: bool
     first_sector: int
+    threads: int = 4
 
     def size(self) -> int:
         """Bytes."""
@@ -69,7 +70,7 @@ Operation = Callable[[Target], Done | Steps]
 def _raw(*kinds: str) -> Callable[[Target], Done]:
     def do(target: Target) -> Done:
         try:
-            return dict(workloads.raw(target.path, target.seed, WRITES, kinds))
+            return dict(workloads.raw(target.path, target.seed, WRITES, kinds, target.threads))
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise
@@ -80,7 +81,7 @@ def _raw(*kinds: str) -> Callable[[Target], Done]:
 
 def _buffered(target: Target) -> Done:
     """Through the page cache; RawWriter ends with fsync."""
-    return dict(workloads.raw(target.path, target.seed, WRITES, ("buffered",)))
+    return dict(workloads.raw(target.path, target.seed, WRITES, ("buffered",), target.threads))
 
 
 def _fio(engine: str) -> Callable[[Target], Done]:
@@ -126,7 +127,8 @@ def _mmap(target: Target) -> Done:
 def _passthrough(target: Target) -> Done:
     pick = random.Random(target.seed)
     data = pick.randbytes(4096)
-    sector = target.first_sector + pick.randrange(64, 4096) // 8 * 8
+    # Behind what LVM and md keep for themselves at the beginning of the disk below.
+    sector = target.first_sector + pick.randrange(4096, 8192) // 8 * 8
     refusals = []
     for name, write in (("SG_IO", passthrough.scsi_write), ("NVME_IOCTL_IO_CMD", passthrough.nvme_write)):
         try:
@@ -145,7 +147,7 @@ def _partial(target: Target) -> Done:
     before = _counters()
     set_bmtest(partial=1, retry_every=5, delay_us=8000)
     try:
-        done = dict(workloads.raw(target.path, target.seed, WRITES, ("write",)))
+        done = dict(workloads.raw(target.path, target.seed, WRITES, ("write",), target.threads))
     finally:
         set_bmtest(partial=0, retry_every=0, delay_us=0)
     after = _counters()
@@ -165,7 +167,7 @@ def _failed(target: Target) -> Done:
     if target.failing is None:
         raise NotOffered("no way to make this device do it")
     with target.failing():
-        done = dict(workloads.raw(target.path, target.seed, WRITES, ("write",), may_fail=True))
+        done = dict(workloads.raw(target.path, target.seed, WRITES, ("write",), target.threads, may_fail=True))
     if not done.get("write that failed"):
         raise RuntimeError(f"no write failed: {done}")
     return done
