@@ -23,7 +23,6 @@ from tests.vm.kernel_guest import devices
 from tests.vm.kernel_guest.operations import OPERATIONS, NotOffered, Operation, Target
 from tests.vm.kernel_guest.watch import Watch
 
-
 # Two writes to the same sectors at once may reach the mirrors in either order, and a page of swap that changes while it
 # is written may differ between them, too: nobody reads it again. Afterwards such a sector has two contents, and reading
 # it from the one and then from the other looks like a change that nobody made. So on these one thread writes, and
