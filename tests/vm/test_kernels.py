@@ -153,7 +153,8 @@ def test_overflow_widens_and_never_loses(bench: Bench) -> None:
 
 def test_passthrough_marks_the_whole_volume(bench: Bench) -> None:
     result = case(bench, "devices", "passthrough")
-    for name in ("write", "test unit ready"):
+    assert result["test unit ready"] == [0, 0, True, False, []], result
+    for name in ("write", "write zeroes without data"):
         status, marks, passed_at_once, whole, flags = result[name]
         assert status == 0 and marks >= 1 and not passed_at_once and whole and flags == [1], result
 
