@@ -117,8 +117,8 @@ EXAMPLES = r"""
   bmigrate_kmod:
     source: /usr/src/bmigrate-0.1.0
     version: 0.1.0
-    signing_key: /root/mok/key.pem
-    signing_cert: /root/mok/cert.der
+    signing_key: /var/lib/shim-signed/mok/MOK.priv
+    signing_cert: /var/lib/shim-signed/mok/MOK.der
 """
 
 RETURN = r"""

@@ -48,7 +48,7 @@ def test_without_kernel_headers_the_installation_is_refused_and_changes_nothing(
     """The guests have no way to a package archive, so what is missing stays missing."""
     link = "/lib/modules/$(uname -r)/build"
     for host in bare.vms:
-        bare.ssh(host, f"mv {link} /root/build.aside")
+        bare.ssh(host, f"mv {link} /var/tmp/build.aside")
     try:
         before = {host: fingerprint(bare, host) for host in bare.vms}
         run = play(bare, "install.yml")
@@ -59,4 +59,4 @@ def test_without_kernel_headers_the_installation_is_refused_and_changes_nothing(
         assert {host: fingerprint(bare, host) for host in bare.vms} == before
     finally:
         for host in bare.vms:
-            bare.ssh(host, f"mv /root/build.aside {link}")
+            bare.ssh(host, f"mv /var/tmp/build.aside {link}")

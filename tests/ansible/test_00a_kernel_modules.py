@@ -128,15 +128,15 @@ def test_the_way_back_to_dkms_leaves_one_copy_signed_with_the_key_of_the_host(
     host: Lab, given: Path, tmp_path: Path
 ) -> None:
     prebuilt = loaded(host)
-    host.ssh(HOST, "mkdir -m 700 -p /root/mok")
+    host.ssh(HOST, "mkdir -m 700 -p /var/lib/kernel-test-mok")
     for path in make_key(tmp_path, "modules of beta"):
-        host.put(HOST, path, f"/root/mok/{path.name}")
+        host.put(HOST, path, f"/var/lib/kernel-test-mok/{path.name}")
     run = modules(
         host,
         given,
         bmigrate_kmod_method="dkms",
-        bmigrate_kmod_signing_key="/root/mok/key.pem",
-        bmigrate_kmod_signing_cert="/root/mok/cert.pem",
+        bmigrate_kmod_signing_key="/var/lib/kernel-test-mok/key.pem",
+        bmigrate_kmod_signing_cert="/var/lib/kernel-test-mok/cert.pem",
     )
     assert run.returncode == 0, run.output[-6000:]
     assert host.ssh(HOST, "modinfo -F signer reqlog bufflink").stdout.splitlines() == ["modules of beta"] * 2
@@ -157,8 +157,8 @@ def test_where_signatures_are_required_it_is_said_before_the_kernel_says_no(
         (
             {
                 "bmigrate_kmod_method": "dkms",
-                "bmigrate_kmod_signing_key": "/root/mok/key.pem",
-                "bmigrate_kmod_signing_cert": "/root/mok/cert.pem",
+                "bmigrate_kmod_signing_key": "/var/lib/kernel-test-mok/key.pem",
+                "bmigrate_kmod_signing_cert": "/var/lib/kernel-test-mok/cert.pem",
             },
             "signed by modules of beta",
         ),
@@ -182,4 +182,4 @@ def test_where_signatures_are_required_it_is_said_before_the_kernel_says_no(
     assert done.returncode != 0 and "key" in done.stderr.lower(), done.stderr
     host.reboot(HOST)
     assert set(loaded(host)) == set(MODULES)
-    host.ssh(HOST, "rm -r /root/mok /etc/dkms/framework.conf.d/bmigrate.conf")
+    host.ssh(HOST, "rm -r /var/lib/kernel-test-mok /etc/dkms/framework.conf.d/bmigrate.conf")

@@ -150,9 +150,9 @@ def test_what_dkms_is_told_of_signing_is_found_again(tmp_path: Path) -> None:
 
     plain, ours = tmp_path / "framework.conf", tmp_path / "bmigrate.conf"
     plain.write_text("# mok_signing_key=/not/this\nmok_certificate=/etc/cert.pub\nverbose=1\n")
-    ours.write_text("mok_signing_key='/root/key'\n")
+    ours.write_text("mok_signing_key='/etc/key'\n")
     found = settings([str(plain), str(tmp_path / "missing"), str(ours)])
-    assert found == {"mok_certificate": "/etc/cert.pub", "mok_signing_key": "/root/key"}
+    assert found == {"mok_certificate": "/etc/cert.pub", "mok_signing_key": "/etc/key"}
 
 
 @pytest.mark.parametrize(
