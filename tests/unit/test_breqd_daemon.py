@@ -486,3 +486,13 @@ def test_a_device_that_changes_its_place_or_size_is_suspect(host: Host, facts: d
     while words not in str(host.volume("a")["suspect"]):
         assert time.monotonic() < deadline, host.volume("a")
         time.sleep(0.05)
+
+
+def test_what_a_dead_daemon_froze_is_thawed_also_without_the_module(host: Host) -> None:
+    """No mount has this number, so all there is to do is to forget the note."""
+    note = host.root / "run" / "frozen" / "999"
+    note.parent.mkdir()
+    note.touch()
+    host.kernel.loaded = False
+    host.start()
+    assert host.call("status")["kernel_problem"] and not note.exists()

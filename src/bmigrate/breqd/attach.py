@@ -46,7 +46,6 @@ class Attacher:
         Returns:
             what could not be taken over, each an error that names its volume.
         """
-        settle.thaw_leftovers()
         records, damaged = track.load_all()
         problems: list[BmigrateError] = list(damaged)
         wanted = {item.attachment: item for item in records if item.attachment and item.boot_id == blockdev.boot_id()}

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from bmigrate.breqd import settle
 from bmigrate.breqd.attach import Attacher
 from bmigrate.breqd.leases import Leases
 from bmigrate.breqd.requests import Requests
@@ -69,6 +70,8 @@ class Daemon:
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; returns the exit code."""
         wake = self._catch_signals()
+        # Whatever is wrong with the kernel's side: a service must not hang because a daemon died.
+        settle.thaw_leftovers()
         self.open_kernel()
         self.reload()
         server = rpc.Server(paths.breqd_socket(), self.requests.handle, self.selector)
