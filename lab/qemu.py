@@ -70,9 +70,11 @@ def _processor(counting: bool, takes_turns: bool) -> tuple[list[str], str]:
     if can_virtualise():
         return ["-accel", "kvm", "-cpu", "host"], ""
     # The guest must not measure its clock while the host is busy: see tscrate.py.
-    # With processors that translate side by side QEMU 7.2 once ran an int3 that the kernel had replaced already, and
-    # the guest panicked while a tracepoint was switched. Guests with other kernels are there for tests that switch
-    # tracepoints all the time, and take turns with their processors.
+    # A tracepoint is switched by putting an int3 into running code for a moment. QEMU 7.2, with processors that
+    # translate side by side, once in many hundred times goes on to run an int3 that the kernel has replaced already.
+    # Newer kernels panic then; the one of Debian 12 sees that there is none, tries again, and stands still for ever
+    # (kprobe_int3_handler). Guests with other kernels are there for tests that switch tracepoints all the time under
+    # load, and take turns with their processors.
     threads = "single" if takes_turns else "multi"
     accelerate = ["-accel", f"tcg,thread={threads},tb-size=256", "-cpu", "max,la57=off,svm=off"]
     return accelerate, tscrate.kernel_arguments(tscrate.measure_khz())

@@ -97,13 +97,13 @@ static inline bool compat_has_rw_page(struct gendisk *disk)
 #define compat_in_hardirq()	in_irq()
 #endif
 
-/* The operation code of a command for a SCSI disk. */
-static inline u8 compat_scsi_opcode(struct request *rq)
+/* A command for a SCSI disk: its bytes, at least 16. */
+static inline const u8 *compat_scsi_command(struct request *rq)
 {
 #ifdef HAVE_SCSI_REQUEST
-	return scsi_req(rq)->cmd[0];
+	return scsi_req(rq)->cmd;
 #else
-	return ((struct scsi_cmnd *)blk_mq_rq_to_pdu(rq))->cmnd[0];
+	return ((struct scsi_cmnd *)blk_mq_rq_to_pdu(rq))->cmnd;
 #endif
 }
 

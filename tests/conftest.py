@@ -33,6 +33,22 @@ def lab() -> Iterator[Lab]:
             box.down()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """After a failure: a guest that runs and does not answer any more is booted again, and fails no other test."""
+    box = Lab(LAB_NAME)
+    if not item.session.testsfailed or "lab" not in getattr(item, "fixturenames", ()) or not box.exists():
+        return
+    for name in box.vms:
+        if not box.guest(name).running():
+            continue
+        try:
+            box.wait_for_ssh(name, 120)
+        except LabError:
+            box.kill(name)
+            box.start(name)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]

@@ -28,21 +28,10 @@ static bool is_bio_based(struct gendisk *disk)
 	return disk->fops->submit_bio || !queue_is_mq(disk->queue);
 }
 
-/*
- * A disk of the device mapper hands commands (SG_IO) down to its lower disk, where
- * nothing tells whom they were for; also one that has requests (multipath).
- */
-static bool is_stacked(struct gendisk *disk)
+/* Of the device mapper; also what has requests there (multipath). */
+static bool is_dm(struct gendisk *disk)
 {
-	return is_bio_based(disk) || !strncmp(disk->disk_name, "dm-", 3);
-}
-
-/* By the bus of the device that the disk belongs to: sd is one of its drivers. */
-static bool is_scsi(struct gendisk *disk)
-{
-	struct device *parent = disk_to_dev(disk)->parent;
-
-	return parent && parent->bus && !strcmp(parent->bus->name, "scsi");
+	return !strncmp(disk->disk_name, "dm-", 3);
 }
 
 static bool is_gone(struct gendisk *disk)
@@ -67,8 +56,9 @@ static int check(struct block_device *bdev, u64 sectors,
 		return refuse(request, REQLOG_REASON_DISKSEQ, -ESTALE);
 	if (is_gone(disk))
 		return refuse(request, REQLOG_REASON_GONE, -ENODEV);
-	if (is_stacked(disk) && (!(request->flags & REQLOG_ATTACH_BIO) ||
-				 IS_ENABLED(CONFIG_PREEMPT_RT)))
+	if ((is_bio_based(disk) || is_dm(disk)) &&
+	    (!(request->flags & REQLOG_ATTACH_BIO) ||
+	     IS_ENABLED(CONFIG_PREEMPT_RT)))
 		return refuse(request, REQLOG_REASON_BIO_BASED, -EOPNOTSUPP);
 	if (bdev_is_zoned(bdev))
 		return refuse(request, REQLOG_REASON_ZONED, -EOPNOTSUPP);
@@ -111,7 +101,7 @@ int reqlog_identify(struct reqlog_attachment *att,
 
 	att->partition = bdev_is_partition(bdev);
 	att->bio_based = is_bio_based(disk);
-	att->scsi = is_scsi(disk);
+	att->dm = is_dm(disk);
 	att->md = !strncmp(disk->disk_name, "md", 2);
 	att->start = get_start_sect(bdev);
 	att->end = att->start + sectors;

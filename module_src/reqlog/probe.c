@@ -13,9 +13,12 @@
  * outcome, and the bytes that this completion is about. It may fire several
  * times for a request.
  */
+#include <linux/ata.h>
+#include <linux/device.h>
 #include <linux/percpu.h>
 #include <linux/rculist.h>
 #include <linux/tracepoint.h>
+#include <scsi/scsi_proto.h>
 #include <trace/events/block.h>
 
 #include "reqlog/reqlog.h"
@@ -145,18 +148,28 @@ static bool passthrough_may_write(struct request *rq)
 }
 
 /*
- * Commands without data that sd sends by itself, some of them whenever a writer
- * closes the disk (udev has the partitions read again). They change nothing, and
- * to take them for a format would make a volume dirty all over each time.
+ * By the bus of the device that the disk belongs to: sd is one of its drivers.
+ * The device is there as long as it has a request.
  */
-static bool scsi_changes_nothing(struct request *rq)
+static bool is_scsi(struct gendisk *disk)
 {
-	switch (compat_scsi_opcode(rq)) {
-	case TEST_UNIT_READY:
-	case START_STOP:
-	case ALLOW_MEDIUM_REMOVAL:
-	case SYNCHRONIZE_CACHE:
-	case SYNCHRONIZE_CACHE_16:
+	struct device *parent = disk_to_dev(disk)->parent;
+
+	return parent && parent->bus && !strcmp(parent->bus->name, "scsi");
+}
+
+/* The commands of ATA for the state of the drive, which smartd asks for. */
+static bool ata_changes_nothing(u8 command)
+{
+	switch (command) {
+	case ATA_CMD_CHK_POWER:
+	case ATA_CMD_FLUSH:
+	case ATA_CMD_FLUSH_EXT:
+	case ATA_CMD_IDLE:
+	case ATA_CMD_IDLEIMMEDIATE:
+	case ATA_CMD_SMART:
+	case ATA_CMD_STANDBY:
+	case ATA_CMD_STANDBYNOW1:
 		return true;
 	default:
 		return false;
@@ -164,13 +177,65 @@ static bool scsi_changes_nothing(struct request *rq)
 }
 
 /*
- * A command through an nvme multipath head completes on one of its hidden paths.
- * Which head it was for is not known, so all of the driver's are taken.
+ * Commands that bring no data from the disk and change none. Some are sd's own,
+ * whenever a writer closes the disk (udev has the partitions read again), others
+ * come from a daemon every few minutes: to take them for a format would make a
+ * volume dirty all over each time.
  */
-static bool is_path_of(struct gendisk *disk, struct reqlog_attachment *att)
+static bool scsi_changes_nothing(struct request *rq)
 {
+	const u8 *command = compat_scsi_command(rq);
+
+	switch (command[0]) {
+	case TEST_UNIT_READY:
+	case START_STOP:
+	case ALLOW_MEDIUM_REMOVAL:
+	case SYNCHRONIZE_CACHE:
+	case SYNCHRONIZE_CACHE_16:
+	case PERSISTENT_RESERVE_OUT:
+		return true;
+	case ATA_12:
+		return ata_changes_nothing(command[9]);
+	case ATA_16:
+		return ata_changes_nothing(command[14]);
+	default:
+		return false;
+	}
+}
+
+/*
+ * Whom a command is for that completes on this queue: that is sure only for the
+ * disk that has the queue. (Not by rq->rq_disk: for a command through sg that was
+ * sg's own, before 5.17.)
+ *
+ * A command through a disk of the device mapper completes on one of the disks
+ * below, and nothing tells whom it came through: each is for all of the device
+ * mapper's. In the same way a command through an nvme multipath head completes on
+ * one of its hidden paths, and is for all heads of the driver.
+ */
+static bool may_be_for(struct reqlog_attachment *att, struct gendisk *disk,
+		       struct request_queue *queue)
+{
+	if (att->disk->queue == queue || att->dm)
+		return true;
 	return disk->flags & GENHD_FL_HIDDEN && att->bio_based &&
 	       att->driver == disk->fops->owner;
+}
+
+static void log_passthrough(struct gendisk *disk, struct request *rq,
+			    bool failed)
+{
+	struct reqlog_attachment *att;
+
+	if (!passthrough_may_write(rq) ||
+	    (is_scsi(disk) && scsi_changes_nothing(rq)))
+		return;
+	rcu_read_lock_sched();
+	list_for_each_entry_rcu(att, &reqlog_attached, node) {
+		if (may_be_for(att, disk, rq->q))
+			log_all(att, failed);
+	}
+	rcu_read_unlock_sched();
 }
 
 /*
@@ -198,23 +263,19 @@ static __always_inline void log_written(struct gendisk *disk, sector_t sector,
 static noinline void log_other(struct gendisk *disk, struct request *rq,
 			       bool failed, unsigned int nr_bytes)
 {
-	bool passthrough = blk_rq_is_passthrough(rq);
 	struct reqlog_attachment *att;
 
-	if (passthrough ? !passthrough_may_write(rq) :
-			  !op_is_write(rq->cmd_flags))
+	if (blk_rq_is_passthrough(rq)) {
+		log_passthrough(disk, rq, failed);
+		return;
+	}
+	if (!op_is_write(rq->cmd_flags))
 		return;
 
 	rcu_read_lock_sched();
 	list_for_each_entry_rcu(att, &reqlog_attached, node) {
-		if (passthrough && is_path_of(disk, att))
-			log_all(att, failed);
-		if (att->disk != disk)
-			continue;
-		if (!passthrough)
+		if (att->disk == disk)
 			log_request(att, rq, failed, nr_bytes);
-		else if (!att->scsi || !scsi_changes_nothing(rq))
-			log_all(att, failed);
 	}
 	rcu_read_unlock_sched();
 }

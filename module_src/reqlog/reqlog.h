@@ -42,7 +42,7 @@ struct reqlog_attachment {
 	sector_t end;			/* first sector after it */
 	bool partition;
 	bool bio_based;
-	bool scsi;			/* commands are struct scsi_cmnd */
+	bool dm;			/* hands commands down */
 	bool md;			/* may erase other sectors than told */
 	unsigned int slot;
 	unsigned int region_shift;	/* region = sector >> region_shift */

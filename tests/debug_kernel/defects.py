@@ -41,11 +41,18 @@ DEFECTS = (
     Defect(
         "a probe that may sleep",
         "reqlog/probe.c",
-        "\trcu_read_lock_sched();\n\tlist_for_each_entry_rcu(att, &reqlog_attached, node) {\n"
-        "\t\tif (passthrough && is_path_of",
-        "\trcu_read_lock_sched();\n\tmight_sleep();\n\tlist_for_each_entry_rcu(att, &reqlog_attached, node) {\n"
-        "\t\tif (passthrough && is_path_of",
+        "\t\tif (att->disk == disk)\n\t\t\tlog_request(att, rq,",
+        "\t\tmight_sleep();\n\t\tif (att->disk == disk)\n\t\t\tlog_request(att, rq,",
         r"BUG: sleeping function called from invalid context",
+    ),
+    # The harvest of the overflow takes reqlog's lock under the channel's.
+    Defect(
+        "two locks in the other order",
+        "bufflink/barrier.c",
+        "\tif (!bufflink_sweep_passed(channel, mark->sweep))\n",
+        "\tmutex_lock(&channel->lock);\n\tmutex_unlock(&channel->lock);\n"
+        "\tif (!bufflink_sweep_passed(channel, mark->sweep))\n",
+        r"WARNING: possible circular locking dependency detected",
     ),
     Defect(
         "an attachment that is looked at after it was freed",

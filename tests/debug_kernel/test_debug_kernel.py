@@ -29,11 +29,12 @@ pytestmark = pytest.mark.timeout(3600)
 SEED = int(os.environ.get("BMIGRATE_SEED", "20260702")) + 50
 ROUNDS = int(os.environ.get("BMIGRATE_STORM_ROUNDS", "8"))
 KMEMLEAK = "/sys/kernel/debug/kmemleak"
-# Attach, write, detach, drain: what each of the defects needs to show.
+# Attach, write until a ring overflows, detach, drain: what each of the defects needs to show.
 EXERCISE = (
-    "import os, sys\nfrom tests.vm.kernel_guest.cases import attached, empty, write\n"
+    "import os, sys\nfrom tests.vm.kernel_guest.cases import RING_LIMIT, attached, empty, write\n"
     "from bmigrate.kernel.channel import Channel\nfrom bmigrate.kernel.control import Control\n"
-    "for _ in range(3):\n    with attached(sys.argv[1]):\n        write(sys.argv[1], 8)\n"
+    "for _ in range(3):\n    with attached(sys.argv[1]):\n        RING_LIMIT.write_text('1')\n"
+    "        for _ in range(2 * os.cpu_count()):\n            write(sys.argv[1], 8)\n"
     "    with Channel() as channel, Control() as control:\n        empty(channel)\n        control.list()\n"
 )
 

@@ -63,6 +63,9 @@ struct command {
 	bool second;		/* the rest of a write, or its retry */
 };
 
+/* The disk and its partitions. */
+#define MINORS 16
+
 static u8 *medium;
 static int major;
 static struct gendisk *disk;
@@ -244,7 +247,7 @@ static int make_disk(void)
 
 	if (IS_ERR(queue))
 		return PTR_ERR(queue);
-	disk = alloc_disk(1);
+	disk = alloc_disk(MINORS);
 	if (!disk) {
 		blk_cleanup_queue(queue);
 		return -ENOMEM;
@@ -306,7 +309,7 @@ static int __init bmtest_init(void)
 		goto free_tags;
 	disk->major = major;
 	disk->first_minor = 0;
-	disk->minors = 1;
+	disk->minors = MINORS;
 	disk->fops = &disk_ops;
 	strscpy(disk->disk_name, "bmtest0", sizeof(disk->disk_name));
 	set_capacity(disk, bytes >> SECTOR_SHIFT);

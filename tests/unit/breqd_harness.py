@@ -216,7 +216,7 @@ class RemoteControl(_Remote):
 
     def stats(self, _slot: int, attachment_id: int) -> Any:
         """STATS."""
-        return SimpleNamespace(regions_set=0, sectors=self.call("stats", attachment_id))
+        return SimpleNamespace(regions_set=0, passthrough=0, sectors=self.call("stats", attachment_id))
 
 
 class RemoteChannel(_Remote):

@@ -50,7 +50,9 @@ class World(RuleBasedStateMachine):
         self.claimed: dict[Key, set[int]] = {key: set() for key in KEYS}
         self.failed: dict[Key, set[int]] = {key: set() for key in KEYS}
         self.claims: dict[int, tuple[Key, dict[int, int]]] = {}
-        self.marked_at: dict[tuple[Key, int], float] = {}
+        # A block that is claimed and dirty again has two marks; the older one goes with the acknowledgement.
+        self.dirty_at: dict[tuple[Key, int], float] = {}
+        self.claimed_at: dict[tuple[Key, int], float] = {}
         self.content = 0
         self.boot()
 
@@ -66,8 +68,7 @@ class World(RuleBasedStateMachine):
         self.dirty[key] |= self.claimed[key] | self.failed[key]
         self.claimed[key] = set()
         self.claims = {number: item for number, item in self.claims.items() if item[0] != key}
-        for block in self.dirty[key]:
-            self.marked_at[key, block] = self.clock
+        self.dirty_at.update({(key, block): self.clock for block in self.dirty[key]})
 
     @rule(key=st.sampled_from(KEYS), data=st.data(), fails=st.booleans())
     def write(self, key: Key, data: Any, fails: bool) -> None:
@@ -82,6 +83,11 @@ class World(RuleBasedStateMachine):
             self.device[key][block] = self.content
         self.log.append((key, start, end, fails))
 
+    def dirtied(self, key: Key, blocks: set[int]) -> None:
+        """Marks are made, now; a block that is dirty already keeps its older one."""
+        self.dirty_at.update({(key, block): self.clock for block in blocks - self.dirty[key]})
+        self.dirty[key] |= blocks
+
     @rule(data=st.data())
     @precondition(lambda self: self.log)
     def consume(self, data: Any) -> None:
@@ -93,10 +99,7 @@ class World(RuleBasedStateMachine):
         ends = np.array([self.maps.global_start(key) + end for key, _, end, _ in batch])
         self.maps.mark(starts, ends, self.clock, np.array([fails for _, _, _, fails in batch]))
         for key, start, end, fails in batch:
-            for block in range(start, end):
-                if block not in self.dirty[key] | self.claimed[key]:
-                    self.marked_at[key, block] = self.clock
-            self.dirty[key].update(range(start, end))
+            self.dirtied(key, set(range(start, end)))
             if fails:
                 self.failed[key].update(range(start, end))
 
@@ -123,6 +126,7 @@ class World(RuleBasedStateMachine):
         assert taken.number is not None
         self.dirty[key] -= set(expected)
         self.claimed[key] |= set(expected)
+        self.claimed_at.update({(key, block): self.dirty_at[key, block] for block in expected})
         self.claims[taken.number] = (key, {block: self.device[key].get(block, 0) for block in expected})
 
     @rule(data=st.data())
@@ -142,15 +146,18 @@ class World(RuleBasedStateMachine):
     def fence(self, key: Key) -> None:
         """The old session is gone: what it had claimed may or may not have arrived."""
         self.maps.give_back(key)
+        for block in self.claimed[key]:
+            again = self.dirty_at[key, block] if block in self.dirty[key] else self.clock
+            self.dirty_at[key, block] = min(again, self.claimed_at[key, block])
         self.dirty[key] |= self.claimed[key]
         self.claimed[key] = set()
         self.claims = {number: item for number, item in self.claims.items() if item[0] != key}
 
     @rule(key=st.sampled_from(KEYS))
     def barrier(self, key: Key) -> None:
-        """Blocks of failed writes are offered again, and stay marked."""
+        """Blocks of failed writes are offered again, and stay marked; what was acknowledged has a new mark."""
         self.maps.offer_failed(key, self.clock)
-        self.dirty[key] |= self.failed[key]
+        self.dirtied(key, self.failed[key])
 
     @rule()
     def restart(self) -> None:
@@ -191,12 +198,13 @@ class World(RuleBasedStateMachine):
         if not hasattr(self, "maps"):
             return
         for key in KEYS:
-            pending = self.dirty[key] | self.claimed[key]
+            marks = [self.dirty_at[key, block] for block in self.dirty[key]]
+            marks += [self.claimed_at[key, block] for block in self.claimed[key]]
             oldest = self.maps.oldest(key)
-            if not pending:
+            if not marks:
                 assert oldest is None
             else:
-                assert oldest is not None and oldest <= min(self.marked_at[key, block] for block in pending)
+                assert oldest is not None and oldest <= min(marks)
 
 
 World.TestCase.settings = settings(

@@ -4,11 +4,16 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bmigrate.breqd.selftest import RESTLESS_SECONDS, Sample, Witness
+from bmigrate.breqd.tracker import Tracker
+from bmigrate.common.errors import SuspectError
 
 
 class World:
@@ -90,13 +95,43 @@ def test_what_all_was_recorded_is_proven() -> None:
 
 
 def test_one_deficit_is_a_doubt_that_the_next_window_clears() -> None:
-    witness = Witness(True)
+    witness = Witness(at_completion=False)
     samples = [(0, 0), (0, 0), (16, 8), (16, 8), (32, 24), (32, 24)]
     states = []
     for second, (written, recorded) in enumerate(samples):
         witness.take(Sample(written, 0, recorded, float(second)))
         states.append(witness.state)
     assert states == ["unproven", "unproven", "doubtful", "doubtful", "proven", "proven"]
+
+
+def test_one_deficit_is_enough_where_nothing_else_explains_it() -> None:
+    witness = Witness(at_completion=True)
+    for second, (written, recorded) in enumerate([(0, 0), (0, 0), (16, 8), (32, 24)]):
+        witness.take(Sample(written, 0, recorded, float(second)))
+    assert witness.state == "blind" and "8 of them were not recorded" in witness.blind
+
+
+def test_a_doubt_is_enough_for_a_drain() -> None:
+    """At that moment nothing is under way, so nothing explains it any more."""
+    witness = Witness(at_completion=False)
+    suspicions: list[str] = []
+    item: Any = SimpleNamespace(witness=witness, lost="", key=("w", "a"), device="/dev/dm-0")
+    tracker: Any = SimpleNamespace(look=lambda _: None, suspect=lambda _, reason: suspicions.append(reason))
+    for second, (written, recorded) in enumerate([(0, 0), (0, 0), (16, 16)]):
+        witness.take(Sample(written, 0, recorded, float(second)))
+    Tracker.require_sight(tracker, item)
+    witness.take(Sample(32, 0, 24, 3.0))
+    with pytest.raises(SuspectError, match="lacks 8 sectors"):
+        Tracker.require_sight(tracker, item)
+    assert suspicions == ["the tracker may be blind: 8 sectors were not recorded"]
+
+
+def test_counters_that_cannot_be_read_are_told_until_they_can() -> None:
+    witness = Witness(True)
+    witness.unreadable = "no such file"
+    assert witness.describe(0.0)["reason"] == "the counters cannot be read: no such file"
+    witness.take(Sample(0, 0, 0, 1.0))
+    assert witness.state == "unproven"
 
 
 def test_a_device_that_never_rests_is_blind_when_nothing_at_all_is_recorded() -> None:

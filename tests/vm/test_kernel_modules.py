@@ -198,10 +198,6 @@ def test_garbage_is_refused(bench: Bench) -> None:
     assert set(result) <= {"OK", "EFAULT", "EINVAL", "ENOTTY", "ESTALE", "ENOENT", "EBADF", "ENOSPC"}, result
 
 
-def test_attach_and_detach_under_load(bench: Bench) -> None:
-    assert bench.case("attach", "churn")["seen"] > 0
-
-
 # -- what disks can do -------------------------------------------------------------------------------------------
 
 
@@ -209,9 +205,16 @@ def test_passthrough_marks_the_whole_volume(bench: Bench) -> None:
     result = bench.case("devices", "passthrough")
     for name in ("inquiry", "test unit ready", "synchronize cache"):
         assert result[name] == [0, 0, True, False, []], result
-    for name in ("write", "write zeroes without data"):
+    # Refused by a disk that has no ATA.
+    assert result["smart status"] == [2, 0, True, False, []], result
+    for name in ("write", "write zeroes without data", "write through sg"):
         status, marks, passed_at_once, whole, flags = result[name]
         assert status == 0 and marks >= 1 and not passed_at_once and whole and flags == [1], result
+    assert result["security erase"][:2] == [2, 1] and result["security erase"][3], result
+
+
+def test_a_command_through_the_device_mapper_marks_its_volumes(bench: Bench) -> None:
+    assert bench.case("devices", "passthrough_below") == {"through": 1, "below": 1, "elsewhere": 0}
 
 
 def test_failed_writes_are_recorded_and_flagged(bench: Bench) -> None:

@@ -154,13 +154,29 @@ def test_overflow_widens_and_never_loses(bench: Bench) -> None:
 def test_passthrough_marks_the_whole_volume(bench: Bench) -> None:
     result = case(bench, "devices", "passthrough")
     assert result["test unit ready"] == [0, 0, True, False, []], result
-    for name in ("write", "write zeroes without data"):
+    for name in ("write", "write zeroes without data", "write through sg"):
         status, marks, passed_at_once, whole, flags = result[name]
         assert status == 0 and marks >= 1 and not passed_at_once and whole and flags == [1], result
 
 
+def test_a_command_through_the_device_mapper_marks_its_volumes(bench: Bench) -> None:
+    assert case(bench, "devices", "passthrough_below") == {"through": 1, "below": 1, "elsewhere": 0}
+
+
 def test_attach_and_detach_under_load(bench: Bench) -> None:
     assert case(bench, "attach", "churn")["seen"] > 0
+
+
+def test_modules_can_be_loaded_and_unloaded_under_load(bench: Bench) -> None:
+    device = bench.make_device("dm-linear")
+    try:
+        arguments = ("reload", "--seed", str(SEED + 42), "--rounds", "4", DISK, device)
+        result = json.loads(bench.watched("storm", *arguments))
+        assert result["lives"] == 4 and result["recorded"] >= 4, result
+    finally:
+        bench.drop_device("dm-linear")
+    bench.load("modules")
+    complete(bench.truth("raw", DISK, SEED + 44))
 
 
 def test_nothing_of_the_modules_stays_behind(bench: Bench) -> None:

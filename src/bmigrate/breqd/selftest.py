@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Are writes really seen? The kernel's own counters of a device against those of its attachment.
 
-Promises: a tracker that misses writes which the kernel counts is called blind after two windows of
-time in which it did, and one that misses none never is. Passive: nothing is written, nothing waits.
+Promises: a tracker that misses writes which the kernel counts is called blind, at once where a deficit
+has no other cause and else after two windows of time with one, and one that misses none never is.
+Passive: nothing is written, nothing waits.
 
 The kernel counts the sectors that a device completed (Documentation/block/stat.rst); reqlog counts
 the sectors that it recorded for the attachment, at the same completions, whether or not anybody has
@@ -13,8 +14,8 @@ When the two are read decides whether they may be compared. A request is recorde
 is counted, so a window begins with the records of an earlier sample and ends with counters that were
 read before the records. A disk that handles bios itself (dm, md) may count a write when it begins:
 there a sample is only compared when nothing was in flight between its two readings. One deficit may
-still be an accident (dm counts twice what it queues again); it opens a new window, and the next one
-that has writes decides.
+still be an accident there (dm counts twice what it queues again); it opens a new window, and the next
+one that has writes decides.
 
 The records between the two samples at a window's begin are a gift to the tracker. A window proves
 something only when it needs no gift, or when much more was written in it; and it is long: of a
@@ -61,6 +62,7 @@ class Witness:
         proven_sectors: sectors counted in windows of which all was recorded.
         proven_at: monotonic seconds of the last such window with writes, or None.
         doubt: sectors that the last window with writes lacks; 0 when it lacks none.
+        unreadable: why the counters cannot be read, in words; empty: they can.
         blind: why the tracker is blind, in words; empty: it is not known to be.
     """
 
@@ -71,6 +73,7 @@ class Witness:
         self.doubt = 0
         self.blind = ""
         self.counted = True
+        self.unreadable = ""
         self._last: Sample | None = None
         #: Records of the sample before the window, counters of the one that opened it, and when.
         self._window: tuple[int, int, float] | None = None
@@ -78,11 +81,13 @@ class Witness:
 
     @property
     def state(self) -> str:
-        """``blind``, ``doubtful``, ``proven``, ``uncounted`` (no counters to compare with) or ``unproven``."""
+        """``blind``, ``doubtful``, ``unreadable``, ``proven``, ``uncounted`` (they do not move) or ``unproven``."""
         if self.blind:
             return "blind"
         if self.doubt:
             return "doubtful"
+        if self.unreadable:
+            return "unreadable"
         if self.proven_at is not None:
             return "proven"
         return "unproven" if self.counted else "uncounted"
@@ -90,6 +95,7 @@ class Witness:
     def take(self, sample: Sample) -> None:
         """Judge one more sample; samples come in order of time."""
         last, self._last = self._last, sample
+        self.unreadable = ""
         if last is None:
             return
         if self._window is None or sample.written < self._window[1]:
@@ -109,7 +115,7 @@ class Witness:
             if not written or sample.now - self._window[2] >= WINDOW_SECONDS:
                 self._open(last, sample)
         elif self._comparable(sample):
-            if self.doubt:
+            if self.doubt or self.at_completion:
                 self.blind = (
                     f"the device wrote {written} sectors in {sample.now - self._window[2]:.0f} s, "
                     f"and {lacking} of them were not recorded"
@@ -132,6 +138,7 @@ class Witness:
         reason = {
             "blind": self.blind,
             "doubtful": f"the last window of writes lacks {self.doubt} sectors; the next one decides",
+            "unreadable": f"the counters cannot be read: {self.unreadable}",
             "uncounted": "the kernel does not count writes of this device (queue/iostats)",
             "unproven": "no write was counted yet that could be compared",
         }.get(self.state)

@@ -216,11 +216,15 @@ class Tracker:
             # In this order: selftest.py says why.
             counters = blockdev.counters_of_number(item.number)
             in_flight = blockdev.writes_in_flight(item.number)
-            recorded = self.require_control().stats(item.slot, item.attachment_id).sectors
+            stats = self.require_control().stats(item.slot, item.attachment_id)
         except (OSError, ValueError) as exc:
-            LOG.debug("no counters of %s: %s", item.device, exc)
+            if not item.witness.unreadable:
+                LOG.warning("volume %s/%s: no self test, %s has no counters: %s", *item.key, item.device, exc)
+            item.witness.unreadable = str(exc)
             return
         item.witnessed_at = time.monotonic()
+        # A command past the block layer has marked all; newer kernels can be told to count what it transferred.
+        recorded = stats.sectors + stats.passthrough * item.sectors
         written = counters.sectors_written + counters.sectors_discarded
         before = item.witness.state
         item.witness.take(Sample(written, in_flight, recorded, item.witnessed_at))

@@ -48,11 +48,13 @@ def _locked(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def _attachment_of(path: str, region_bytes: int = 65536) -> Iterator[tuple[Attachment, Control, Channel]]:
+def _attachment_of(
+    path: str, region_bytes: int = 65536, bio_based: bool = False
+) -> Iterator[tuple[Attachment, Control, Channel]]:
     """The device, attached, with an empty log."""
     with Control() as control, Channel() as channel:
         empty(channel)
-        attachment = attach(control, path, region_bytes)
+        attachment = attach(control, path, region_bytes, bio_based)
         try:
             yield attachment, control, channel
         finally:
@@ -78,10 +80,12 @@ def passthrough(device: str) -> dict[str, Any]:
     """
     with _scsi_disk() as disk, _locked(disk), _attachment_of(disk) as (attachment, control, channel):
         results: dict[str, Any] = {}
+        run("modprobe", "sg")
+        generic = Path("/dev", next(Path("/sys/block", Path(disk).name, "device/scsi_generic").iterdir()).name)
 
-        def send(name: str, command: bytes, direction: int, data: bytes = b"") -> None:
+        def send(name: str, command: bytes, direction: int, data: bytes = b"", path: str = disk) -> None:
             before = control.stats(attachment.slot).passthrough
-            status = scsi_command(disk, command, direction, data)
+            status = scsi_command(path, command, direction, data)
             barrier = channel.barrier()
             passed_at_once = channel.passed(barrier)
             batches = empty(channel)
@@ -98,9 +102,37 @@ def passthrough(device: str) -> dict[str, Any]:
         send("inquiry", bytes([0x12, 0, 0, 0, 96, 0]), FROM_DEVICE, bytes(96))
         send("write", bytes([0x2A, 0, 0, 0, 0, 5, 0, 0, 1, 0]), TO_DEVICE, os.urandom(512))
         send("write zeroes without data", bytes([0x93, 1, *bytes(7), 9, 0, 0, 0, 1, 0, 0]), NO_DATA)
+        send("write through sg", bytes([0x2A, 0, 0, 0, 0, 5, 0, 0, 1, 0]), TO_DEVICE, os.urandom(512), str(generic))
         send("test unit ready", bytes(6), NO_DATA)
+        # ATA PASS-THROUGH(16) of SMART RETURN STATUS and of SECURITY ERASE UNIT; the disk has no ATA, and refuses.
+        send("smart status", bytes([0x85, 6, 0x20, 0, 0xDA, 0, 0, 0, 0, 0, 0x4F, 0, 0xC2, 0, 0xB0, 0]), NO_DATA)
+        send("security erase", bytes([0x85, 6, 0x20, *bytes(11), 0xF4, 0]), NO_DATA)
         send("synchronize cache", bytes([0x35, *bytes(9)]), NO_DATA)
         return results
+
+
+def passthrough_below(device: str) -> dict[str, int]:
+    """A command to a disk is for every volume of the device mapper, because it may have come through that one."""
+    with _scsi_disk() as disk, _locked(disk):
+        sectors = run("blockdev", "--getsz", disk).strip()
+        run("dmsetup", "create", "kernel-test-command", "--table", f"0 {sectors} linear {disk} 0")
+        upper = "/dev/mapper/kernel-test-command"
+        try:
+            with _attachment_of(upper, bio_based=True) as (attachment, control, channel):
+                other = attach(control, device, 65536)
+                try:
+                    marks = {}
+                    for name, path in (("through", upper), ("below", disk)):
+                        before = control.stats(attachment.slot).passthrough
+                        cdb = bytes([0x2A, 0, 0, 0, 0, 5, 0, 0, 1, 0])
+                        status = scsi_command(path, cdb, TO_DEVICE, os.urandom(512))
+                        assert status == 0 and _whole(empty(channel), attachment), (name, status)
+                        marks[name] = control.stats(attachment.slot).passthrough - before
+                    return {**marks, "elsewhere": control.stats(other.slot).passthrough}
+                finally:
+                    control.detach(other.slot, other.attachment_id)
+        finally:
+            run("dmsetup", "remove", "--retry", "kernel-test-command")
 
 
 def failed_writes(device: str) -> dict[str, Any]:

@@ -59,11 +59,11 @@ def wait_for(condition: Callable[[], Any], what: str, limit_seconds: float = LIM
     raise TimeoutError(what)
 
 
-def attach(control: Control, device: str, region_bytes: int = REGION) -> Attachment:
+def attach(control: Control, device: str, region_bytes: int = REGION, bio_based: bool = False) -> Attachment:
     """Attach, and let go of the file."""
     fd = os.open(device, os.O_RDONLY)
     try:
-        return control.attach(fd, region_bytes)
+        return control.attach(fd, region_bytes, bio_based=bio_based)
     finally:
         os.close(fd)
 

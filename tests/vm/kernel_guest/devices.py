@@ -41,9 +41,13 @@ def _wait(find: Callable[[], str | None], what: str) -> str:
 
 def mount_configfs() -> None:
     """Where the kernel takes orders for nvmet and null_blk."""
-    if not os.path.ismount("/sys/kernel/config"):
-        run("modprobe", "configfs")
+    run("modprobe", "configfs")
+    try:
         run("mount", "-t", "configfs", "none", "/sys/kernel/config")
+    except RuntimeError:
+        # By systemd, as soon as the module is there.
+        if not os.path.ismount("/sys/kernel/config"):
+            raise
 
 
 def _nvme(multipath: bool) -> str:
