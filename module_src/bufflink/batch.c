@@ -15,7 +15,7 @@
  * Would a read find something? Without locks, for poll and for sleeping: the
  * answer may be out of date at once, but it may never be "no" when the caller
  * is on the wait queue and something was there before it looked (see
- * wake_reader()). A "yes" for a sweep that turns out empty is harmless.
+ * bufflink_must_wake()). A "yes" for a sweep that turns out empty is harmless.
  */
 bool bufflink_readable(struct bufflink_channel *channel)
 {
@@ -34,8 +34,8 @@ bool bufflink_readable(struct bufflink_channel *channel)
 }
 
 /* Up to max records of the overflow map, as one more step of a sweep. */
-static unsigned int take_overflow(struct bufflink_channel *channel, void *to,
-				  unsigned int max)
+static unsigned int take_overflow(struct bufflink_channel *channel,
+				  struct bufflink_record *to, unsigned int max)
 {
 	bool finished = false;
 	unsigned int count;
@@ -56,8 +56,8 @@ static unsigned int take_overflow(struct bufflink_channel *channel, void *to,
 }
 
 /* Round robin between the CPUs, so that a busy one cannot starve another. */
-static unsigned int take_rings(struct bufflink_channel *channel, void *to,
-			       unsigned int max)
+static unsigned int take_rings(struct bufflink_channel *channel,
+			       struct bufflink_record *to, unsigned int max)
 {
 	unsigned int i, cpu, taken, count = 0;
 
@@ -67,9 +67,7 @@ static unsigned int take_rings(struct bufflink_channel *channel, void *to,
 			continue;
 		taken = bufflink_ring_take(channel,
 					   per_cpu_ptr(channel->rings, cpu),
-					   to + (size_t)count *
-						channel->record_bytes,
-					   max - count);
+					   to + count, max - count);
 		count += taken;
 	}
 	channel->next_cpu = (channel->next_cpu + 1) % nr_cpu_ids;
@@ -91,9 +89,7 @@ void bufflink_batch_build(struct bufflink_channel *channel, unsigned int max)
 	count = take_overflow(channel, pending->records, max / 2);
 	if (count)
 		pending->flags |= BUFFLINK_BATCH_WIDENED;
-	count += take_rings(channel, pending->records +
-				(size_t)count * channel->record_bytes,
-			    max - count);
+	count += take_rings(channel, pending->records + count, max - count);
 	if (!count) {
 		/* A sweep that found no more leaves nothing to consume. */
 		if (pending->ends_sweep)

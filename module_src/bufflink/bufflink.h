@@ -13,6 +13,11 @@
 struct bufflink_channel;
 struct module;
 
+/* Two words, whatever they mean. */
+struct bufflink_record {
+	u64 words[2];
+};
+
 /* What the owner of a channel does when a ring is full. */
 struct bufflink_ops {
 	/*
@@ -20,7 +25,7 @@ struct bufflink_ops {
 	 * interrupts off, on several CPUs at once. What was noted must be seen
 	 * by any harvest() that begins later.
 	 */
-	void (*overflow)(const void *record);
+	void (*overflow)(const struct bufflink_record *record);
 
 	/*
 	 * Move at most @max records' worth out of the map to @records and give
@@ -29,17 +34,15 @@ struct bufflink_ops {
 	 * what was noted before the first call has come out by the end. What is
 	 * noted again after it came out must come out again in a later sweep.
 	 */
-	unsigned int (*harvest)(void *records, unsigned int max,
-				bool *finished);
+	unsigned int (*harvest)(struct bufflink_record *records,
+				unsigned int max, bool *finished);
 };
 
 struct bufflink_config {
 	const char *name;		/* the file is /dev/bufflink/NAME */
 	struct module *owner;		/* stays loaded while a reader is there */
 	const struct bufflink_ops *ops;
-	unsigned int record_bytes;	/* a multiple of 8 */
 	unsigned int ring_records;	/* for each CPU, rounded up to 2^n */
-	const unsigned int *ring_limit;	/* use only so many; 0: all. May change */
 };
 
 /* A point in the log, see bufflink_mark(). */
@@ -51,9 +54,11 @@ struct bufflink_mark {
 struct bufflink_channel *bufflink_create(const struct bufflink_config *config);
 /* The owner must have made sure that nobody produces any more. */
 void bufflink_destroy(struct bufflink_channel *channel);
+/* From now on use only so many records of each ring; 0: all. */
+void bufflink_limit(struct bufflink_channel *channel, unsigned int records);
 
-/* From task, softirq or hardirq context. Never sleeps, never allocates. */
-void bufflink_produce(struct bufflink_channel *channel, const void *record);
+/* A record. From task, softirq or hardirq context. Never sleeps or allocates. */
+void bufflink_produce(struct bufflink_channel *channel, u64 first, u64 second);
 /* The owner noted something in its overflow map without being asked to. */
 void bufflink_overflowed(struct bufflink_channel *channel);
 

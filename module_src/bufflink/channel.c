@@ -38,7 +38,7 @@ static void free_rings(struct bufflink_channel *channel)
 
 static int alloc_rings(struct bufflink_channel *channel)
 {
-	size_t bytes = (size_t)channel->ring_records * channel->record_bytes;
+	size_t bytes = channel->ring_records * sizeof(struct bufflink_record);
 	struct bufflink_ring *ring;
 	int cpu;
 
@@ -49,6 +49,7 @@ static int alloc_rings(struct bufflink_channel *channel)
 		ring = per_cpu_ptr(channel->rings, cpu);
 		ring->later.channel = channel;
 		ring->now.channel = channel;
+		ring->mask = channel->ring_records - 1;
 		init_irq_work(&ring->later.work, bufflink_wake);
 		ring->later.work.node.u_flags |= IRQ_WORK_LAZY;
 		init_irq_work(&ring->now.work, bufflink_wake);
@@ -64,10 +65,18 @@ static int alloc_rings(struct bufflink_channel *channel)
 static bool config_usable(const struct bufflink_config *config)
 {
 	return strlen(config->name) < BUFFLINK_NAME_BYTES &&
-	       config->record_bytes && !(config->record_bytes % 8) &&
 	       config->ring_records &&
 	       config->ring_records <= RING_RECORDS_MAX;
 }
+
+void bufflink_limit(struct bufflink_channel *channel, unsigned int records)
+{
+	if (!records || records > channel->ring_records)
+		records = channel->ring_records;
+	WRITE_ONCE(channel->limit, records);
+	WRITE_ONCE(channel->half, records / 2);
+}
+EXPORT_SYMBOL_GPL(bufflink_limit);
 
 struct bufflink_channel *bufflink_create(const struct bufflink_config *config)
 {
@@ -82,9 +91,8 @@ struct bufflink_channel *bufflink_create(const struct bufflink_config *config)
 
 	channel->ops = config->ops;
 	channel->owner = config->owner;
-	channel->ring_limit = config->ring_limit;
-	channel->record_bytes = config->record_bytes;
 	channel->ring_records = roundup_pow_of_two(config->ring_records);
+	bufflink_limit(channel, 0);
 	get_random_bytes(&channel->id, sizeof(channel->id));
 	strscpy(channel->name, config->name, sizeof(channel->name));
 	init_waitqueue_head(&channel->wait);
@@ -92,8 +100,8 @@ struct bufflink_channel *bufflink_create(const struct bufflink_config *config)
 	mutex_init(&channel->lock);
 
 	err = -ENOMEM;
-	channel->pending.records = vzalloc((size_t)BUFFLINK_BATCH_RECORDS *
-					   channel->record_bytes);
+	channel->pending.records = vzalloc(BUFFLINK_BATCH_RECORDS *
+					   sizeof(struct bufflink_record));
 	if (!channel->pending.records)
 		goto err_channel;
 	err = alloc_rings(channel);

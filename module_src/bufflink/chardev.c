@@ -55,7 +55,7 @@ static ssize_t hand_out(struct bufflink_channel *channel, char __user *to,
 			unsigned int room)
 {
 	struct bufflink_pending *pending = &channel->pending;
-	size_t bytes = (size_t)pending->count * channel->record_bytes;
+	size_t bytes = pending->count * sizeof(*pending->records);
 	struct bufflink_batch batch = {
 		.seq = pending->seq,
 		.count = pending->count,
@@ -87,7 +87,7 @@ static ssize_t channel_read(struct file *file, char __user *to, size_t len,
 		return -EINVAL;
 	room = min_t(size_t, BUFFLINK_BATCH_RECORDS,
 		     (len - sizeof(struct bufflink_batch)) /
-			     channel->record_bytes);
+			     sizeof(struct bufflink_record));
 	if (room < BUFFLINK_BATCH_MIN)
 		return -EINVAL;
 
@@ -113,7 +113,7 @@ static __poll_t channel_poll(struct file *file, poll_table *wait)
 	struct bufflink_channel *channel = file->private_data;
 
 	poll_wait(file, &channel->wait, wait);
-	smp_mb(); /* on the queue first, then look; pairs with wake_reader() */
+	smp_mb(); /* on the queue first, then look; pairs with bufflink_must_wake() */
 	return bufflink_readable(channel) ? EPOLLIN | EPOLLRDNORM : 0;
 }
 
@@ -121,11 +121,11 @@ static long get_info(struct bufflink_channel *channel, void __user *to)
 {
 	struct bufflink_info info = {
 		.abi = BUFFLINK_ABI,
-		.record_bytes = channel->record_bytes,
+		.record_bytes = sizeof(struct bufflink_record),
 		.batch_records = BUFFLINK_BATCH_RECORDS,
 		.rings = nr_cpu_ids,
 		.ring_records = channel->ring_records,
-		.ring_limit = bufflink_ring_limit(channel),
+		.ring_limit = READ_ONCE(channel->limit),
 		.channel_id = channel->id,
 	};
 

@@ -46,8 +46,9 @@
  * when a region moves into a batch, not when the batch is consumed, and the
  * batch itself keeps the region until then.
  *
- * Files: ring.c the producing path, batch.c what the reader is given,
- * barrier.c points in the log, chardev.c the device, channel.c creation.
+ * Files: produce.h the producing path, ring.c the rest of a ring, batch.c what the
+ * reader is given, barrier.c points in the log, chardev.c the device, channel.c
+ * creation.
  */
 #include <linux/module.h>
 #include <linux/stringify.h>

@@ -169,6 +169,9 @@ static int publish(struct reqlog_attachment *att, struct reqlog_attach *request)
 		}
 	}
 	att->slot = slot;
+	att->slot_word = (u64)slot << REQLOG_SLOT_SHIFT;
+	att->write_word = att->slot_word |
+			  (u64)REQLOG_OP_WRITE << REQLOG_OP_SHIFT;
 	/* slots[] first: the probe's overflow looks the slot up there. */
 	rcu_assign_pointer(slots[slot], att);
 	list_add_tail_rcu(&att->node, &reqlog_attached);

@@ -65,15 +65,44 @@ module_param_cb(abi, &abi_ops, NULL, 0444);
 MODULE_PARM_DESC(abi, "Number of the user space interface, read only");
 MODULE_INFO(abi, __stringify(REQLOG_ABI));
 
+struct bufflink_channel *reqlog_channel;
+
 static unsigned int ring_records = 16384;
 module_param(ring_records, uint, 0444);
 MODULE_PARM_DESC(ring_records, "Records that each CPU's ring can hold");
 
 static unsigned int ring_limit;
-module_param(ring_limit, uint, 0644);
+
+/* Under reqlog_lock, because the channel may not be there yet, or any more. */
+static int set_ring_limit(const char *val, const struct kernel_param *kp)
+{
+	int err = param_set_uint(val, kp);
+
+	if (err)
+		return err;
+	mutex_lock(&reqlog_lock);
+	if (reqlog_channel)
+		bufflink_limit(reqlog_channel, ring_limit);
+	mutex_unlock(&reqlog_lock);
+	return 0;
+}
+
+static const struct kernel_param_ops ring_limit_ops = {
+	.set = set_ring_limit,
+	.get = param_get_uint,
+};
+
+module_param_cb(ring_limit, &ring_limit_ops, &ring_limit, 0644);
 MODULE_PARM_DESC(ring_limit, "Use only so many of ring_records, 0: all of them");
 
-struct bufflink_channel *reqlog_channel;
+static void set_channel(struct bufflink_channel *channel)
+{
+	mutex_lock(&reqlog_lock);
+	reqlog_channel = channel;
+	if (channel)
+		bufflink_limit(channel, ring_limit);
+	mutex_unlock(&reqlog_lock);
+}
 
 static int __init reqlog_init(void)
 {
@@ -81,24 +110,27 @@ static int __init reqlog_init(void)
 		.name = REQLOG_CHANNEL,
 		.owner = THIS_MODULE,
 		.ops = &reqlog_overflow_ops,
-		.record_bytes = sizeof(struct reqlog_record),
 		.ring_records = ring_records,
-		.ring_limit = &ring_limit,
 	};
+	struct bufflink_channel *channel;
 	int err;
 
-	BUILD_BUG_ON(sizeof(struct reqlog_record) != 16);
+	BUILD_BUG_ON(sizeof(struct reqlog_record) !=
+		     sizeof(struct bufflink_record));
 
 	err = reqlog_probe_find();
 	if (err)
 		return err;
-	reqlog_channel = bufflink_create(&config);
-	if (IS_ERR(reqlog_channel))
-		return PTR_ERR(reqlog_channel);
+	channel = bufflink_create(&config);
+	if (IS_ERR(channel))
+		return PTR_ERR(channel);
+	set_channel(channel);
 	/* Last: from now on somebody may attach. */
 	err = reqlog_control_register();
-	if (err)
-		bufflink_destroy(reqlog_channel);
+	if (err) {
+		set_channel(NULL);
+		bufflink_destroy(channel);
+	}
 	return err;
 }
 
@@ -109,10 +141,13 @@ static int __init reqlog_init(void)
  */
 static void __exit reqlog_exit(void)
 {
+	struct bufflink_channel *channel = reqlog_channel;
+
 	reqlog_control_unregister();
 	tracepoint_synchronize_unregister();
 	reqlog_bio_exit();
-	bufflink_destroy(reqlog_channel);
+	set_channel(NULL);
+	bufflink_destroy(channel);
 	reqlog_free_all();
 }
 

@@ -71,9 +71,9 @@ static void note_region(struct reqlog_attachment *att, unsigned long region,
 }
 
 /* Called by bufflink inside of the probe's RCU section, interrupts off. */
-static void note_record(const void *data)
+static void note_record(const struct bufflink_record *words)
 {
-	const struct reqlog_record *record = data;
+	const struct reqlog_record *record = (const void *)words;
 	bool failed = record->flags & REQLOG_FAILED;
 	u64 sector = le64_to_cpu(record->sector);
 	u64 end = sector + le32_to_cpu(record->nr_sectors);
@@ -189,9 +189,10 @@ static bool take_run(struct reqlog_attachment *att,
  * under way may be passed over: what it notes asks for a sweep of its own. One
  * that goes has been harvested before it is freed (reqlog_reap()).
  */
-static unsigned int harvest(void *records, unsigned int max, bool *finished)
+static unsigned int harvest(struct bufflink_record *records, unsigned int max,
+			    bool *finished)
 {
-	struct reqlog_record *record = records;
+	struct reqlog_record *record = (void *)records;
 	struct reqlog_attachment *att;
 	unsigned int count = 0;
 

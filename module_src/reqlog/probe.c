@@ -21,6 +21,7 @@
 #include <scsi/scsi_proto.h>
 #include <trace/events/block.h>
 
+#include "bufflink/produce.h"
 #include "reqlog/reqlog.h"
 
 static struct tracepoint *rq_complete;
@@ -44,17 +45,30 @@ u8 reqlog_op(req_op_t op)
 	return REQLOG_OP_MIXED;
 }
 
+static __always_inline u64 reqlog_word(u64 word)
+{
+	return (__force u64)cpu_to_le64(word);
+}
+
+static __always_inline u64 second_word(struct reqlog_attachment *att,
+				       u32 nr_sectors, u8 op, u8 flags)
+{
+	return reqlog_word(nr_sectors | att->slot_word |
+			   (u64)op << REQLOG_OP_SHIFT |
+			   (u64)flags << REQLOG_FLAGS_SHIFT);
+}
+
 /*
  * One range of a request, against one attachment. What is outside of a partition
  * is not the volume's. What is behind the known end of a whole disk is: the disk
- * has grown since, and the entry's flag says so.
+ * has grown since, and the entry's flag says so. Interrupts off.
  */
-static __always_inline void log_range(struct reqlog_attachment *att,
-				      sector_t sector, u64 nr_sectors, u8 op,
-				      bool failed)
+static noinline void log_range(struct reqlog_attachment *att,
+			       sector_t sector, u64 nr_sectors, u8 op,
+			       bool failed)
 {
+	struct reqlog_counts __percpu *counts = att->counts;
 	sector_t end = sector + nr_sectors;
-	struct reqlog_record record;
 
 	sector = max(sector, att->start);
 	if (att->partition)
@@ -62,20 +76,36 @@ static __always_inline void log_range(struct reqlog_attachment *att,
 	if (sector >= end)
 		return;
 	if (end > att->end) {
-		this_cpu_inc(att->counts->beyond);
+		this_cpu_inc(counts->beyond);
 		set_bit(REQLOG_MARK_BEYOND, &att->marks);
 	}
 
-	this_cpu_inc(att->counts->ops[op]);
-	this_cpu_add(att->counts->sectors, end - sector);
+	this_cpu_inc(counts->ops[op]);
+	this_cpu_add(counts->sectors, end - sector);
 	if (failed)
-		this_cpu_inc(att->counts->failed);
-	record.sector = cpu_to_le64(sector);
-	record.nr_sectors = cpu_to_le32(end - sector);
-	record.slot = cpu_to_le16(att->slot);
-	record.op = op;
-	record.flags = failed ? REQLOG_FAILED : 0;
-	bufflink_produce(reqlog_channel, &record);
+		this_cpu_inc(counts->failed);
+	bufflink_produce(reqlog_channel, reqlog_word(sector),
+			 second_word(att, end - sector, op,
+				     failed ? REQLOG_FAILED : 0));
+}
+
+/*
+ * The same for a write that succeeded, lies in the volume, and finds room in the
+ * ring. Else false: nothing was done.
+ */
+static __always_inline bool log_plain(struct reqlog_attachment *att,
+				      struct bufflink_ring *ring,
+				      sector_t sector, u32 nr_sectors)
+{
+	sector_t end = sector + nr_sectors;
+
+	if (unlikely(sector < att->start || end > att->end) ||
+	    unlikely(!bufflink_try(reqlog_channel, ring, reqlog_word(sector),
+				   reqlog_word(att->write_word | nr_sectors))))
+		return false;
+	this_cpu_inc(att->counts->ops[REQLOG_OP_WRITE]);
+	this_cpu_add(att->counts->sectors, nr_sectors);
+	return true;
 }
 
 /* Something that no range describes: everything may have changed. */
@@ -239,31 +269,63 @@ static void log_passthrough(struct gendisk *disk, struct request *rq,
 }
 
 /*
- * The list is walked with preemption off, which is an RCU section and costs less
- * than rcu_read_lock(). The attachment's reference keeps the disk's memory, so an
+ * The list is walked with interrupts off, which is an RCU section too, and what a
+ * record needs anyway. The attachment's reference keeps the disk's memory, so an
  * equal pointer is the same disk. DETACH waits for this section to end.
  *
  * A write that succeeded has a way of its own, because nearly all are, and each
- * of them would pay for what the others need.
+ * of them would pay for what the others need. What is not plain about it comes
+ * here, from the first attachment on that has not been served.
  */
-static __always_inline void log_written(struct gendisk *disk, sector_t sector,
-					u64 nr_sectors)
+static noinline void log_rest(struct reqlog_attachment *att, sector_t sector,
+			      u32 nr_sectors, unsigned long flags)
 {
-	struct reqlog_attachment *att;
+	struct gendisk *disk = att->disk;
 
-	rcu_read_lock_sched();
-	list_for_each_entry_rcu(att, &reqlog_attached, node) {
+	list_for_each_entry_from_rcu(att, &reqlog_attached, node) {
 		if (att->disk == disk)
 			log_range(att, sector, nr_sectors, REQLOG_OP_WRITE,
 				  false);
 	}
-	rcu_read_unlock_sched();
+	local_irq_restore(flags);
+}
+
+static noinline void wake_reader(struct bufflink_wake *wake,
+				 unsigned long flags)
+{
+	irq_work_queue(&wake->work);
+	local_irq_restore(flags);
+}
+
+/* Without a call but in its last lines, so without a frame. */
+static __always_inline void log_written(struct gendisk *disk, sector_t sector,
+					u32 nr_sectors)
+{
+	struct bufflink_ring *ring = NULL;
+	struct reqlog_attachment *att;
+	unsigned long flags;
+
+	local_irq_save(flags);
+	list_for_each_entry_rcu(att, &reqlog_attached, node) {
+		if (att->disk != disk)
+			continue;
+		ring = this_cpu_ptr(reqlog_channel->rings);
+		if (unlikely(!log_plain(att, ring, sector, nr_sectors))) {
+			log_rest(att, sector, nr_sectors, flags);
+			return;
+		}
+	}
+	if (ring && unlikely(bufflink_must_wake(reqlog_channel, &ring->later)))
+		wake_reader(&ring->later, flags);
+	else
+		local_irq_restore(flags);
 }
 
 static noinline void log_other(struct gendisk *disk, struct request *rq,
 			       bool failed, unsigned int nr_bytes)
 {
 	struct reqlog_attachment *att;
+	unsigned long flags;
 
 	if (blk_rq_is_passthrough(rq)) {
 		log_passthrough(disk, rq, failed);
@@ -272,12 +334,12 @@ static noinline void log_other(struct gendisk *disk, struct request *rq,
 	if (!op_is_write(rq->cmd_flags))
 		return;
 
-	rcu_read_lock_sched();
+	local_irq_save(flags);
 	list_for_each_entry_rcu(att, &reqlog_attached, node) {
 		if (att->disk == disk)
 			log_request(att, rq, failed, nr_bytes);
 	}
-	rcu_read_unlock_sched();
+	local_irq_restore(flags);
 }
 
 static void probe_rq_complete(void *unused, struct request *rq,
@@ -324,8 +386,9 @@ void reqlog_log_disk(struct gendisk *disk, sector_t sector, u64 nr_sectors,
 		     u8 op, bool failed)
 {
 	struct reqlog_attachment *att;
+	unsigned long flags;
 
-	rcu_read_lock();
+	local_irq_save(flags);
 	list_for_each_entry_rcu(att, &reqlog_attached, node) {
 		if (att->disk != disk || !att->bio_based)
 			continue;
@@ -334,7 +397,7 @@ void reqlog_log_disk(struct gendisk *disk, sector_t sector, u64 nr_sectors,
 		else
 			log_range(att, sector, nr_sectors, op, failed);
 	}
-	rcu_read_unlock();
+	local_irq_restore(flags);
 }
 
 void reqlog_blind(struct gendisk *disk)

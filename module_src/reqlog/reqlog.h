@@ -17,6 +17,11 @@
 #include "bufflink/bufflink.h"
 #include "compat.h"
 
+/* The second word of a record: struct reqlog_record behind its sector. */
+#define REQLOG_SLOT_SHIFT	32
+#define REQLOG_OP_SHIFT		48
+#define REQLOG_FLAGS_SHIFT	56
+
 struct reqlog_counts {
 	u64 ops[REQLOG_OP_WRITE_SAME + 1];
 	u64 sectors;
@@ -45,6 +50,8 @@ struct reqlog_attachment {
 	bool dm;			/* hands commands down */
 	bool md;			/* may erase other sectors than told */
 	unsigned int slot;
+	u64 slot_word;			/* its place in a record's second word */
+	u64 write_word;			/* the same of a write */
 	unsigned int region_shift;	/* region = sector >> region_shift */
 	unsigned long regions;
 	u64 id;
