@@ -34,6 +34,16 @@ static bool is_dm(struct gendisk *disk)
 	return !strncmp(disk->disk_name, "dm-", 3);
 }
 
+/*
+ * By name, because nothing else tells. A DRBD device changes without a bio of its
+ * own when the peer writes or resyncs, a bcache when its cache is lost.
+ */
+static bool changes_by_itself(struct gendisk *disk)
+{
+	return !strncmp(disk->disk_name, "drbd", 4) ||
+	       !strncmp(disk->disk_name, "bcache", 6);
+}
+
 static bool is_gone(struct gendisk *disk)
 {
 	return !device_is_registered(disk_to_dev(disk));
@@ -56,6 +66,8 @@ static int check(struct block_device *bdev, u64 sectors,
 		return refuse(request, REQLOG_REASON_DISKSEQ, -ESTALE);
 	if (is_gone(disk))
 		return refuse(request, REQLOG_REASON_GONE, -ENODEV);
+	if (changes_by_itself(disk))
+		return refuse(request, REQLOG_REASON_DRIVER, -EOPNOTSUPP);
 	if ((is_bio_based(disk) || is_dm(disk)) &&
 	    (!(request->flags & REQLOG_ATTACH_BIO) ||
 	     IS_ENABLED(CONFIG_PREEMPT_RT)))

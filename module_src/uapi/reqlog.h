@@ -56,6 +56,7 @@ struct reqlog_record {
 #define REQLOG_REASON_EMPTY	11	/* the device has no sectors */
 #define REQLOG_REASON_DAX	12	/* can be written past the block layer */
 #define REQLOG_REASON_RW_PAGE	13	/* as can zram and brd before Linux 6.3 */
+#define REQLOG_REASON_DRIVER	14	/* as do DRBD (resync) and bcache */
 
 #define REQLOG_REGION_MIN	4096U
 #define REQLOG_REGION_MAX	0x40000000U

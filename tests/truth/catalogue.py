@@ -38,6 +38,8 @@ DEVICES = {
     "md-raid10": "md raid10",
     "brd": "brd",
     "zram": "zram",
+    "drbd": "DRBD",
+    "bcache": "bcache",
     "zoned": "zoned disk (null_blk)",
     "pmem": "pmem namespace with DAX",
 }
@@ -98,5 +100,7 @@ EACH_RUN = (
     "md-raid1",
     "brd",
     "zram",
+    "drbd",
+    "bcache",
     "zoned",
 )

@@ -9,7 +9,14 @@ from typing import Any
 from tests.truth.catalogue import EXACT, EXACT_RATIO, MAY_CHANGE_NOTHING, OPEN_LIMITS, OPERATIONS
 
 #: Not recorded correctly by this or by no kernel, and why: what ATTACH may refuse a kind of device for.
-REFUSALS = {"brd": {"rw_page"}, "zram": {"rw_page"}, "zoned": {"zoned"}, "pmem": {"dax", "rw_page"}}
+REFUSALS = {
+    "brd": {"rw_page"},
+    "zram": {"rw_page"},
+    "drbd": {"driver_writes"},
+    "bcache": {"driver_writes"},
+    "zoned": {"zoned"},
+    "pmem": {"dax", "rw_page"},
+}
 
 
 def problems(row: dict[str, Any], operations: Iterable[str] = OPERATIONS) -> list[str]:
@@ -27,7 +34,7 @@ def problems(row: dict[str, Any], operations: Iterable[str] = OPERATIONS) -> lis
         refused = row["refused"]
         found = [] if refused["code"] in REFUSALS.get(kind, ()) else [f"{kind}: refused as {refused['code']}"]
         return found + [f"{kind}: the refusal has no {key}" for key in ("message", "hint") if not refused[key]]
-    if kind in ("zoned", "pmem"):
+    if kind in ("drbd", "bcache", "zoned", "pmem"):
         return [f"{kind}: must be refused"]
     found = [f"{kind}: no cell for {name}" for name in operations if name not in row["cells"]]
     for name, cell in row["cells"].items():

@@ -63,6 +63,7 @@ REASONS = {
     "EMPTY": "empty",
     "DAX": "dax",
     "RW_PAGE": "rw_page",
+    "DRIVER": "driver_writes",
 }
 
 

@@ -7,12 +7,14 @@ bytes. Regular files are accepted by the read and size functions, so that tests 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import mmap
 import os
 import stat
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
@@ -320,27 +322,33 @@ def mounts_of_number(number: int) -> list[str]:
     return found
 
 
-def writers(path: PathLike) -> list[str]:
-    """The processes, this one left out, that have the device open for writing, in words."""
-    number = device_number(path)
-    found = []
+def _users(number: int) -> Iterator[tuple[str, str, bool]]:
+    """Other processes that have the device open: number, name, and whether for writing."""
     for process in Path("/proc").iterdir():
         if not process.name.isdigit() or int(process.name) == os.getpid():
             continue
-        try:
+        flags = []
+        # What ends or is closed while it is looked at has the device open no more; the rest of the process still may.
+        with contextlib.suppress(OSError):
             for entry in (process / "fd").iterdir():
-                status = os.stat(entry)
-                if not stat.S_ISBLK(status.st_mode) or status.st_rdev != number:
-                    continue
-                lines = (process / "fdinfo" / entry.name).read_text().splitlines()
-                flags = next(int(line.split()[1], 8) for line in lines if line.startswith("flags:"))
-                if flags & os.O_ACCMODE != os.O_RDONLY:
-                    command = (process / "comm").read_text().strip()
-                    found.append(f"open for writing in process {process.name} ({command})")
-                    break
-        except (OSError, StopIteration):
-            continue  # it ended meanwhile
-    return found
+                with contextlib.suppress(OSError):
+                    status = os.stat(entry)
+                    if stat.S_ISBLK(status.st_mode) and status.st_rdev == number:
+                        lines = (process / "fdinfo" / entry.name).read_text().splitlines()
+                        flags += [int(line.split()[1], 8) for line in lines if line.startswith("flags:")]
+        if not flags:
+            continue
+        try:
+            command = (process / "comm").read_text().strip()
+        except OSError:
+            continue
+        yield process.name, command, any(flag & os.O_ACCMODE != os.O_RDONLY for flag in flags)
+
+
+def writers(path: PathLike) -> list[str]:
+    """The processes, this one left out, that have the device open for writing, in words."""
+    users = _users(device_number(path))
+    return [f"open for writing in process {process} ({command})" for process, command, writes in users if writes]
 
 
 def holders(path: PathLike) -> list[str]:
@@ -353,17 +361,5 @@ def holders(path: PathLike) -> list[str]:
         stacked = parent / "holders"
         if stacked.is_dir():
             result += [f"{parent.name} is part of {entry.name}" for entry in sorted(stacked.iterdir())]
-    number = device_number(path)
-    for process in Path("/proc").iterdir():
-        if not process.name.isdigit() or int(process.name) == os.getpid():
-            continue
-        try:
-            for entry in (process / "fd").iterdir():
-                status = os.stat(entry)
-                if stat.S_ISBLK(status.st_mode) and status.st_rdev == number:
-                    command = (process / "comm").read_text().strip()
-                    result.append(f"open in process {process.name} ({command})")
-                    break
-        except OSError:
-            continue
+    result += [f"open in process {process} ({command})" for process, command, _ in _users(device_number(path))]
     return result

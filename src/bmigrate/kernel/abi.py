@@ -221,4 +221,9 @@ REASONS = {
         "this kernel can write pages to the device without a block request (zram, brd before Linux 6.3)",
         "protect another device, or use a newer kernel",
     ),
+    14: (
+        "driver_writes",
+        "the driver changes the disk below by itself, past this device (DRBD, bcache)",
+        "protect the disk below: what DRBD replicates, or the backing disk of a bcache detached from its cache",
+    ),
 }

@@ -25,6 +25,8 @@ FILE = Path("/var/tmp/kernel-test.img")
 FILE_BYTES = 32 << 20
 BMTEST = Path(__file__).resolve().parents[3] / "modules/bmtest.ko"
 BMTEST_PARAMETERS = Path("/sys/module/bmtest/parameters")
+DRBD_CONFIG = Path("/run/kernel-test-drbd.conf")
+BCACHE = Path("/sys/block/bcache0")
 LOWER_MIB = 48
 HALF = LOWER_MIB * 1024  # sectors: half of the disk below, less in some tables
 
@@ -437,6 +439,44 @@ class NoDevice(Exception):
     """This host cannot have such a device; the text says why."""
 
 
+def _drbd() -> str:
+    """A DRBD device that never had a peer."""
+    host = os.uname().nodename
+    sides = (f"  on {name} {{ address 127.0.0.1:{port}; }}\n" for name, port in ((host, 7790), ("nobody", 7791)))
+    resource = f"  device /dev/drbd0;\n  disk {_lower()};\n  meta-disk internal;\n{''.join(sides)}"
+    DRBD_CONFIG.write_text(f"global {{ usage-count no; }}\nresource kernel-test {{\n{resource}}}\n")
+    run("modprobe", "drbd")
+    for command in (("create-md", "--force"), ("up",), ("primary", "--force")):
+        run("drbdadm", "-c", str(DRBD_CONFIG), *command, "kernel-test")
+    return "/dev/drbd0"
+
+
+def _drop_drbd() -> None:
+    if DRBD_CONFIG.exists():
+        run("drbdadm", "-c", str(DRBD_CONFIG), "down", "kernel-test")
+        DRBD_CONFIG.unlink()
+    _unload("drbd")
+    _drop_lower()
+
+
+def _bcache() -> str:
+    """A backing disk without a cache."""
+    disk = _lower()
+    run("modprobe", "bcache")
+    run("make-bcache", "-B", disk)
+    run("udevadm", "settle")
+    if not BCACHE.exists():
+        Path("/sys/fs/bcache/register").write_text(disk)
+    return _wait(lambda: "/dev/bcache0" if BCACHE.exists() and os.path.exists("/dev/bcache0") else None, "bcache disk")
+
+
+def _drop_bcache() -> None:
+    if BCACHE.exists():
+        (BCACHE / "bcache/stop").write_text("1")
+        _wait(lambda: "" if BCACHE.exists() else "gone", "end of the bcache disk")
+    _drop_lower()
+
+
 def _null_zoned() -> str:
     run("modprobe", "null_blk", "nr_devices=1", "gb=1", "zoned=1", "zone_size=64", "queue_mode=2")
     return "/dev/nullb0"
@@ -496,6 +536,8 @@ KINDS: dict[str, tuple[Callable[[], str], Callable[[], None]]] = {
     "md-raid10": (lambda: _md("10"), _drop_md),
     "brd": (_brd, lambda: _unload("brd")),
     "zram": (_zram, _drop_zram),
+    "drbd": (_drbd, _drop_drbd),
+    "bcache": (_bcache, _drop_bcache),
     "zoned": (_null_zoned, drop_null),
     "pmem": (_pmem, lambda: None),
 }
