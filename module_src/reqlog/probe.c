@@ -281,12 +281,17 @@ static noinline void log_rest(struct reqlog_attachment *att, sector_t sector,
 			      u32 nr_sectors, unsigned long flags)
 {
 	struct gendisk *disk = att->disk;
+	struct bufflink_ring *ring;
 
 	list_for_each_entry_from_rcu(att, &reqlog_attached, node) {
 		if (att->disk == disk)
 			log_range(att, sector, nr_sectors, REQLOG_OP_WRITE,
 				  false);
 	}
+	/* For the attachments before: log_range() may have had no record. */
+	ring = this_cpu_ptr(reqlog_channel->rings);
+	if (bufflink_must_wake(reqlog_channel, &ring->later))
+		irq_work_queue(&ring->later.work);
 	local_irq_restore(flags);
 }
 

@@ -217,6 +217,10 @@ def test_a_command_through_the_device_mapper_marks_its_volumes(bench: Bench) -> 
     assert bench.case("devices", "passthrough_below") == {"through": 1, "below": 1, "elsewhere": 0}
 
 
+def test_a_sleeping_reader_is_woken_whichever_attachment_has_the_record(bench: Bench) -> None:
+    assert bench.case("devices", "woken") == {"ended": 4}
+
+
 def test_failed_writes_are_recorded_and_flagged(bench: Bench) -> None:
     result = bench.case("devices", "failed_writes")
     assert [64, 8, 0] in result["ring"] and [4096, 8, 2] in result["ring"], result

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,8 @@ from tests.vm.kernel_guest import devices
 from tests.vm.kernel_guest.cases import RING_LIMIT, attach, empty, main, ranges, wait_for, write
 from tests.vm.kernel_guest.command import run
 from tests.vm.kernel_guest.passthrough import FROM_DEVICE, NO_DATA, TO_DEVICE, scsi_command
+
+POLL = "7 "  # system call number on x86-64
 
 
 @contextmanager
@@ -133,6 +137,38 @@ def passthrough_below(device: str) -> dict[str, int]:
                     control.detach(other.slot, other.attachment_id)
         finally:
             run("dmsetup", "remove", "--retry", "kernel-test-command")
+
+
+def woken(device: str) -> dict[str, int]:
+    """A reader that sleeps is woken by a record of the first attachment, though the last one has nothing of the write.
+
+    Disk and second partition are attached, the first partition is written. How many of the reader's sleeps ended.
+    """
+    make, drop = devices.KINDS["bmtest-partition"]
+    drop()
+    try:
+        first = make()
+        with _attachment_of("/dev/bmtest0") as (_, control, channel):
+            other = attach(control, "/dev/bmtest0p2", 65536)
+            sleeper = threading.get_native_id()
+
+            def wake() -> None:
+                wait_for(lambda: Path(f"/proc/self/task/{sleeper}/syscall").read_text().startswith(POLL), "no sleep")
+                write(first, 64, 8)
+
+            ended = 0
+            poll = select.poll()
+            poll.register(channel, select.POLLIN)
+            for _ in range(4):
+                thread = threading.Thread(target=wake)
+                thread.start()
+                ended += bool(poll.poll(60_000))
+                thread.join()
+                empty(channel)
+            control.detach(other.slot, other.attachment_id)
+            return {"ended": ended}
+    finally:
+        drop()
 
 
 def failed_writes(device: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import mmap
 import os
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy
 
@@ -44,6 +44,35 @@ def fingerprints(path: str) -> numpy.ndarray:
     finally:
         os.close(fd)
     return numpy.concatenate(parts)
+
+
+def batches(channel: Channel, limit_seconds: float = 0) -> Iterator[Batch]:
+    """Batches as they come, each consumed when the next is asked for.
+
+    Ends when nothing is left, and nothing came for so long.
+    """
+    while True:
+        batch = channel.read_batch()
+        if batch is None:
+            poll = select.poll()
+            poll.register(channel, select.POLLIN)
+            if not poll.poll(limit_seconds * 1000):
+                return
+            continue
+        yield batch
+        channel.consumed(batch.seq)
+
+
+def drain(channel: Channel, note: Callable[[Batch], None]) -> Barrier:
+    """Everything that has completed by now was noted when this returns."""
+    barrier = channel.barrier()
+    end = time.monotonic() + LIMIT_SECONDS
+    while not channel.passed(barrier):
+        if time.monotonic() > end:
+            raise TimeoutError(f"the barrier is not passed: {channel.stats()}")
+        for batch in batches(channel):
+            note(batch)
+    return barrier
 
 
 class Tracked:
@@ -80,28 +109,12 @@ class Tracked:
 
     def batches(self, limit_seconds: float = 0) -> Iterator[Batch]:
         """Batches as they come, each consumed when the next is asked for; ends when nothing is left."""
-        while True:
-            batch = self.channel.read_batch()
-            if batch is None:
-                poll = select.poll()
-                poll.register(self.channel, select.POLLIN)
-                if not poll.poll(limit_seconds * 1000):
-                    return
-                continue
-            yield batch
-            self.channel.consumed(batch.seq)
+        return batches(self.channel, limit_seconds)
 
     def drain(self) -> Barrier:
         """Everything that has completed by now is in the map when this returns."""
         os.sync()
-        barrier = self.channel.barrier()
-        end = time.monotonic() + LIMIT_SECONDS
-        while not self.channel.passed(barrier):
-            if time.monotonic() > end:
-                raise TimeoutError(f"the barrier is not passed: {self.channel.stats()}")
-            for batch in self.batches():
-                self.note(batch)
-        return barrier
+        return drain(self.channel, self.note)
 
     def stats(self) -> dict[str, int]:
         """The kernel's counters of this attachment."""

@@ -8,9 +8,7 @@ the content before the next. It must never look at what the workload believes it
 from __future__ import annotations
 
 import os
-import select
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,9 +17,9 @@ from typing import Any
 import numpy
 
 from bmigrate.kernel import abi
-from bmigrate.kernel.channel import Channel
+from bmigrate.kernel.channel import Batch, Channel
 from bmigrate.kernel.control import Attachment, AttachmentStats, Control
-from tests.vm.kernel_guest.tracker import LIMIT_SECONDS, fingerprints
+from tests.vm.kernel_guest.tracker import batches, drain, fingerprints
 
 
 @dataclass
@@ -82,29 +80,20 @@ class Watch:
 
     def read(self, limit_seconds: float = 0) -> None:
         """Take what is in the log, waiting so long for the first of it."""
-        while True:
-            batch = self.channel.read_batch()
-            if batch is None:
-                poll = select.poll()
-                poll.register(self.channel, select.POLLIN)
-                if not poll.poll(limit_seconds * 1000):
-                    return
-                continue
-            for sector, count, slot, _, flags in batch.records.tolist():
-                if slot in self.volumes:
-                    self.volumes[slot].note(sector, count, flags)
-                else:
-                    self.foreign += 1
-            self.channel.consumed(batch.seq)
+        for batch in batches(self.channel, limit_seconds):
+            self.note(batch)
+
+    def note(self, batch: Batch) -> None:
+        """Put the batch's records into the volumes' maps."""
+        for sector, count, slot, _, flags in batch.records.tolist():
+            if slot in self.volumes:
+                self.volumes[slot].note(sector, count, flags)
+            else:
+                self.foreign += 1
 
     def drain(self) -> None:
         """Everything that has completed by now is in the maps when this returns."""
-        barrier = self.channel.barrier()
-        end = time.monotonic() + LIMIT_SECONDS
-        while not self.channel.passed(barrier):
-            if time.monotonic() > end:
-                raise TimeoutError(f"the barrier is not passed: {self.channel.stats()}")
-            self.read()
+        drain(self.channel, self.note)
 
     @contextmanager
     def step(self) -> Iterator[None]:
