@@ -11,6 +11,7 @@ import os
 import select
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.vm.kernel_guest.cases import RING_LIMIT, attach, empty, main, ranges,
 from tests.vm.kernel_guest.command import run
 from tests.vm.kernel_guest.passthrough import FROM_DEVICE, NO_DATA, TO_DEVICE, scsi_command
 
+SLEEP_SECONDS = 60
 POLL = "7 "  # system call number on x86-64
 
 
@@ -162,7 +164,10 @@ def woken(device: str) -> dict[str, int]:
             for _ in range(4):
                 thread = threading.Thread(target=wake)
                 thread.start()
-                ended += bool(poll.poll(60_000))
+                # At its time-out poll(2) looks once more, and finds what nobody woke it for.
+                began = time.monotonic()
+                poll.poll(1000 * SLEEP_SECONDS)
+                ended += time.monotonic() - began < SLEEP_SECONDS
                 thread.join()
                 empty(channel)
             control.detach(other.slot, other.attachment_id)
