@@ -29,7 +29,7 @@ class Defect:
     said: str
 
 
-# KASAN's last: its first report switches KASAN and lockdep off.
+# Lockdep's last but one, because its first report switches it off. KASAN's last: that switches off both.
 DEFECTS = (
     Defect(
         "an overflow map that is never freed",
@@ -41,8 +41,8 @@ DEFECTS = (
     Defect(
         "a probe that may sleep",
         "reqlog/probe.c",
-        "\t\tif (att->disk == disk)\n\t\t\tlog_request(att, rq,",
-        "\t\tmight_sleep();\n\t\tif (att->disk == disk)\n\t\t\tlog_request(att, rq,",
+        "\t\tring = this_cpu_ptr(reqlog_channel->rings);\n\t\tif",
+        "\t\tmight_sleep();\n\t\tring = this_cpu_ptr(reqlog_channel->rings);\n\t\tif",
         r"BUG: sleeping function called from invalid context",
     ),
     # The harvest of the overflow takes reqlog's lock under the channel's.
