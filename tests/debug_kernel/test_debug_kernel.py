@@ -169,6 +169,7 @@ def test_a_defect_is_found(bench: Bench, tmp_path: Path, defect: Defect) -> None
 def test_the_truth_on_a_multipath_head(bench: Bench) -> None:
     """Without lockdep, which has a complaint about the target that the head is made of: see docs/debug-kernel.md."""
     assert not lockdep_watches(bench)
+    bench.ssh(f"echo clear > {KMEMLEAK}")  # of what the defect has leaked
     before = len(reports(log(bench)))
     upper = bench.make_device("nvme-head")
     try:
