@@ -21,12 +21,12 @@ setup: ## install what is missing on this machine (Debian 12; needs root or sudo
 demo: setup ## boot two VMs, move a live PostgreSQL there and back, print the evidence
 	$(PY) -m demo
 
-# Another kernel has a guest of its own, over before the others boot. One boot of these serves all: first what needs
-# them bare, then what installs, then what needs them installed.
-BARE := $(addprefix tests/vm/test_,kernels.py kernel_modules.py kernel_stress.py kernel_life.py)
-TESTS := tests/unit tests/contract $(BARE) tests/ansible $(filter-out $(BARE),$(sort $(wildcard tests/vm/test_*.py)))
+# Two at a time (tests/conftest.py says what stays together). The kernel modules have guests of their own. One boot of
+# the others serves all: first what needs them untouched, then what installs, then what needs them installed.
+KERNEL := $(addprefix tests/vm/test_,kernels.py kernel_modules.py kernel_stress.py kernel_life.py)
+TESTS := tests/unit tests/contract $(KERNEL) tests/ansible $(filter-out $(KERNEL),$(sort $(wildcard tests/vm/test_*.py)))
 test: setup lint module ## lint, kernel build, then unit, contract, Ansible and VM tests
-	$(PYTEST) --durations=20 --tb=short $(TESTS)
+	$(PYTEST) -n 2 --dist loadgroup --durations=20 --tb=short $(TESTS)
 
 lint: setup ## check style and types of all that is in the repository
 	tools/lint

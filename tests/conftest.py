@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -18,19 +19,42 @@ from lab import Lab, LabError
 LAB_NAME = os.environ.setdefault("BMIGRATE_LAB", "test")
 
 
-@pytest.fixture(scope="session")
-def lab() -> Iterator[Lab]:
-    """Both guests, answering ssh."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With workers side by side (`make test`): tests that share guests stay together and in their order."""
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        if "lab" in names:
+            item.add_marker(pytest.mark.xdist_group("lab"))
+        elif "bare_lab" in names or "kernel_lab" in names:
+            item.add_marker(pytest.mark.xdist_group("kernel"))
+
+
+@contextmanager
+def _booted(name: str, guests: list[str] | None) -> Iterator[Lab]:
     keep = os.environ.get("BMIGRATE_LAB_KEEP") == "1"
-    box = Lab(LAB_NAME)
+    box = Lab(name)
     if not keep:
         box.down()
     try:
-        box.up()
+        box.up(guests)
         yield box
     finally:
         if not keep:
             box.down()
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """Both guests, answering ssh."""
+    with _booted(LAB_NAME, None) as box:
+        yield box
+
+
+@pytest.fixture(scope="session")
+def bare_lab() -> Iterator[Lab]:
+    """A guest of their own for the tests of the kernel modules, on which nothing is ever installed."""
+    with _booted(f"{LAB_NAME}-bare", ["beta"]) as box:
+        yield box
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -55,7 +79,7 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Add the guests' consoles to the report of a failed test that used them."""
     report = yield
-    # Tests of other kernels have a lab of their own.
+    # The tests of the kernel modules have labs of their own.
     bench = getattr(item, "funcargs", {}).get("bench")
     if report.failed and (bench or "lab" in getattr(item, "fixturenames", ())):
         box = bench.lab if bench else Lab(LAB_NAME)

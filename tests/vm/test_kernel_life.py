@@ -17,9 +17,9 @@ pytestmark = pytest.mark.vm
 
 
 @pytest.fixture(scope="module")
-def bench(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(bare_lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A host with the modules under test."""
-    with bench_of(lab, tmp_path_factory.mktemp("life")) as made:
+    with bench_of(bare_lab, tmp_path_factory.mktemp("life")) as made:
         yield made
 
 

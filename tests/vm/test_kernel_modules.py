@@ -24,9 +24,9 @@ SEED = int(os.environ.get("BMIGRATE_SEED", "20260702"))
 
 
 @pytest.fixture(scope="module")
-def bench(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(bare_lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A host with the modules under test."""
-    with bench_of(lab, tmp_path_factory.mktemp("kernel")) as made:
+    with bench_of(bare_lab, tmp_path_factory.mktemp("kernel")) as made:
         yield made
 
 
