@@ -19,8 +19,12 @@ from lab import Lab, LabError
 LAB_NAME = os.environ.setdefault("BMIGRATE_LAB", "test")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With workers side by side (`make test`): tests that share guests stay together and in their order."""
+    """With workers side by side (`make test`): tests that share guests stay together and in their order.
+
+    First, because xdist looks at the marks in the same hook.
+    """
     for item in items:
         names = getattr(item, "fixturenames", ())
         if "lab" in names:
