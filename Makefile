@@ -26,7 +26,7 @@ demo: setup ## boot two VMs, move a live PostgreSQL there and back, print the ev
 KERNEL := $(addprefix tests/vm/test_,kernels.py kernel_modules.py kernel_stress.py kernel_life.py)
 TESTS := tests/unit tests/contract $(KERNEL) tests/ansible $(filter-out $(KERNEL),$(sort $(wildcard tests/vm/test_*.py)))
 test: setup lint module ## lint, kernel build, then unit, contract, Ansible and VM tests
-	$(PYTEST) -n 2 --dist loadgroup --durations=20 --tb=short $(TESTS)
+	$(PYTEST) -n 2 --dist loadscope --durations=20 --tb=short $(TESTS)
 
 lint: setup ## check style and types of all that is in the repository
 	tools/lint

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -19,18 +20,21 @@ from lab import Lab, LabError
 LAB_NAME = os.environ.setdefault("BMIGRATE_LAB", "test")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With workers side by side (`make test`): tests that share guests stay together and in their order.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With workers side by side (`make test`): tests that share guests stay with one worker, and in their order.
 
-    First, because xdist looks at the marks in the same hook.
+    The two large groups begin at once; the tests without guests follow where a worker is free.
     """
-    for item in items:
-        names = getattr(item, "fixturenames", ())
-        if "lab" in names:
-            item.add_marker(pytest.mark.xdist_group("lab"))
-        elif "bare_lab" in names or "kernel_lab" in names:
-            item.add_marker(pytest.mark.xdist_group("kernel"))
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+    class Together(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            if nodeid.startswith("tests/vm/test_kernel"):
+                return "kernel"
+            return "lab" if nodeid.startswith(("tests/vm/", "tests/ansible/")) else nodeid
+
+    return Together(config, log)
 
 
 @contextmanager
