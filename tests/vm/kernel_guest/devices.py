@@ -452,9 +452,21 @@ def _drbd() -> str:
     return "/dev/drbd0"
 
 
+def _drbd_down() -> str | None:
+    """Not while udev looks at it, which it does at a time of its own."""
+    run("udevadm", "settle")
+    try:
+        run("drbdadm", "-c", str(DRBD_CONFIG), "down", "kernel-test")
+    except RuntimeError as error:
+        if "held open" not in str(error):
+            raise
+        return None
+    return "down"
+
+
 def _drop_drbd() -> None:
     if DRBD_CONFIG.exists():
-        run("drbdadm", "-c", str(DRBD_CONFIG), "down", "kernel-test")
+        _wait(_drbd_down, "end of the DRBD device")
         DRBD_CONFIG.unlink()
     _unload("drbd")
     _drop_lower()
