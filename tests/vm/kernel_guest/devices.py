@@ -483,10 +483,19 @@ def _bcache() -> str:
     return _wait(lambda: "/dev/bcache0" if BCACHE.exists() and os.path.exists("/dev/bcache0") else None, "bcache disk")
 
 
+def _lower_is_free() -> str | None:
+    try:
+        os.close(os.open("/dev/bmtest0", os.O_RDONLY | os.O_EXCL))
+    except OSError:
+        return None
+    return "free"
+
+
 def _drop_bcache() -> None:
     if BCACHE.exists():
         (BCACHE / "bcache/stop").write_text("1")
         _wait(lambda: "" if BCACHE.exists() else "gone", "end of the bcache disk")
+        _wait(_lower_is_free, "end of bcache's hold on the disk below")
     _drop_lower()
 
 
