@@ -71,7 +71,7 @@ struct bufflink_channel {
 
 	/* Records of each ring that may be used, and half of them. */
 	unsigned int limit;
-	unsigned int half;
+	unsigned long half;
 	/* Set by producers after they noted overflow, cleared by a sweep. */
 	unsigned int overflowed;
 	wait_queue_head_t wait;
@@ -125,8 +125,8 @@ static __always_inline bool bufflink_try(struct bufflink_channel *channel,
 	struct bufflink_record *record;
 
 	/* Before the slot is overwritten; pairs with bufflink_ring_take(). */
-	if (unlikely(head - smp_load_acquire(&ring->tail) >=
-		     READ_ONCE(channel->half)))
+	if (unlikely((long)(smp_load_acquire(&ring->tail) +
+			    READ_ONCE(channel->half) - head) <= 0))
 		return false;
 	record = &ring->records[head & ring->mask];
 	record->words[0] = first;

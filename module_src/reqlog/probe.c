@@ -95,11 +95,9 @@ static noinline void log_range(struct reqlog_attachment *att,
  */
 static __always_inline bool log_plain(struct reqlog_attachment *att,
 				      struct bufflink_ring *ring,
-				      sector_t sector, u32 nr_sectors)
+				      sector_t sector, u64 nr_sectors)
 {
-	sector_t end = sector + nr_sectors;
-
-	if (unlikely(sector < att->start || end > att->end) ||
+	if (unlikely(sector < att->start || sector + nr_sectors > att->end) ||
 	    unlikely(!bufflink_try(reqlog_channel, ring, reqlog_word(sector),
 				   reqlog_word(att->write_word | nr_sectors))))
 		return false;
@@ -275,39 +273,35 @@ static void log_passthrough(struct gendisk *disk, struct request *rq,
  *
  * A write that succeeded has a way of its own, because nearly all are, and each
  * of them would pay for what the others need. What is not plain about it comes
- * here, from the first attachment on that has not been served.
+ * here: the attachments behind one that has been served, and before that, if it
+ * has not, this one itself. At the end the reader is woken if he must be, because
+ * one that was served may have left that to us.
  */
-static noinline void log_rest(struct reqlog_attachment *att, sector_t sector,
-			      u32 nr_sectors, unsigned long flags)
+static noinline void log_rest(struct gendisk *disk, sector_t sector,
+			      u64 nr_sectors, unsigned long flags,
+			      struct reqlog_attachment *att, bool served)
 {
-	struct gendisk *disk = att->disk;
 	struct bufflink_ring *ring;
 
-	list_for_each_entry_from_rcu(att, &reqlog_attached, node) {
+	if (!served)
+		log_range(att, sector, nr_sectors, REQLOG_OP_WRITE, false);
+	list_for_each_entry_continue_rcu(att, &reqlog_attached, node) {
 		if (att->disk == disk)
 			log_range(att, sector, nr_sectors, REQLOG_OP_WRITE,
 				  false);
 	}
-	/* For the attachments before: log_range() may have had no record. */
 	ring = this_cpu_ptr(reqlog_channel->rings);
 	if (bufflink_must_wake(reqlog_channel, &ring->later))
 		irq_work_queue(&ring->later.work);
 	local_irq_restore(flags);
 }
 
-static noinline void wake_reader(struct bufflink_wake *wake,
-				 unsigned long flags)
-{
-	irq_work_queue(&wake->work);
-	local_irq_restore(flags);
-}
-
-/* Without a call but in its last lines, so without a frame. */
+/* Without a call but in its last lines: it needs next to no frame. */
 static __always_inline void log_written(struct gendisk *disk, sector_t sector,
-					u32 nr_sectors)
+					u64 nr_sectors)
 {
-	struct bufflink_ring *ring = NULL;
 	struct reqlog_attachment *att;
+	struct bufflink_ring *ring;
 	unsigned long flags;
 
 	local_irq_save(flags);
@@ -316,14 +310,15 @@ static __always_inline void log_written(struct gendisk *disk, sector_t sector,
 			continue;
 		ring = this_cpu_ptr(reqlog_channel->rings);
 		if (unlikely(!log_plain(att, ring, sector, nr_sectors))) {
-			log_rest(att, sector, nr_sectors, flags);
+			log_rest(disk, sector, nr_sectors, flags, att, false);
+			return;
+		}
+		if (unlikely(bufflink_must_wake(reqlog_channel, &ring->later))) {
+			log_rest(disk, sector, nr_sectors, flags, att, true);
 			return;
 		}
 	}
-	if (ring && unlikely(bufflink_must_wake(reqlog_channel, &ring->later)))
-		wake_reader(&ring->later, flags);
-	else
-		local_irq_restore(flags);
+	local_irq_restore(flags);
 }
 
 static noinline void log_other(struct gendisk *disk, struct request *rq,
