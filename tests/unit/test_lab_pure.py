@@ -77,10 +77,10 @@ def test_the_archive_is_what_cpio_reads(tmp_path: Path) -> None:
     listing = _read_cpio(made)
     assert listing["config/etc/hostname"] == (0o100644, b"beta\n")
     assert listing["config/etc/ssh/ssh_host_ed25519_key"] == (0o100600, b"PRIVATE")
-    assert listing["config/root/.ssh"][0] == 0o040700
+    assert listing[f"{guestconfig.HOME}/.ssh"][0] == 0o040700
     assert b"Address=10.77.0.2/24" in listing["config/etc/systemd/network/10-lan.network"][1]
     names = list(listing)
-    assert names.index("config/root/.ssh") < names.index("config/root/.ssh/authorized_keys")
+    assert names.index(f"{guestconfig.HOME}/.ssh") < names.index(f"{guestconfig.HOME}/.ssh/authorized_keys")
 
 
 def _read_cpio(data: bytes) -> dict[str, tuple[int, bytes]]:
