@@ -54,7 +54,7 @@ steps = st.lists(
 @given(st.integers(0, 2**32), st.booleans(), steps)
 def test_a_tracker_that_records_all_is_never_blind_nor_doubted(seed, counts_at_begin, plan):  # type: ignore[no-untyped-def]
     world = World(seed, counts_at_begin, 0.0)
-    witness = Witness(at_completion=not counts_at_begin)
+    witness = Witness(at_completion=not counts_at_begin, certain=not counts_at_begin)
     for count, lasts, gap, pause in plan:
         for _ in range(count):
             world.write(lasts, gap)
@@ -105,10 +105,20 @@ def test_one_deficit_is_a_doubt_that_the_next_window_clears() -> None:
 
 
 def test_one_deficit_is_enough_where_nothing_else_explains_it() -> None:
-    witness = Witness(at_completion=True)
+    witness = Witness(at_completion=True, certain=True)
     for second, (written, recorded) in enumerate([(0, 0), (0, 0), (16, 8), (32, 24)]):
         witness.take(Sample(written, 0, recorded, float(second)))
     assert witness.state == "blind" and "8 of them were not recorded" in witness.blind
+
+
+def test_a_window_with_a_command_past_the_block_layer_neither_proves_nor_accuses() -> None:
+    witness = Witness(at_completion=True, certain=True)
+    samples = [(0, 0, 0), (0, 0, 0), (64, 8, 1), (64, 8, 1), (64, 8, 1)]
+    for second, (written, recorded, passthrough) in enumerate(samples):
+        witness.take(Sample(written, 0, recorded, float(second), passthrough))
+        assert witness.state == "unproven"
+    witness.take(Sample(80, 0, 16, 5.0, 1))
+    assert witness.state == "blind"
 
 
 def test_a_doubt_is_enough_for_a_drain() -> None:

@@ -258,7 +258,7 @@ class Attacher:
             record,
             bitmap,
             entry.sectors,
-            Witness(at_completion=not entry.bio_based),
+            Witness(at_completion=not entry.bio_based, certain=not (entry.bio_based or entry.partition)),
         )
         # Only now is a volume that was tracked under this key given up: any failure before leaves it as it was.
         self.tracker.forget(key)

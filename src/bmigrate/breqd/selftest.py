@@ -15,7 +15,9 @@ is counted, so a window begins with the records of an earlier sample and ends wi
 read before the records. A disk that handles bios itself (dm, md) may count a write when it begins:
 there a sample is only compared when nothing was in flight between its two readings. One deficit may
 still be an accident there (dm counts twice what it queues again); it opens a new window, and the next
-one that has writes decides.
+one that has writes decides. The same on a partition: a request that joins writes on both sides of its
+border is counted for the first of them. A command past the block layer marks all and counts what it
+likes, so the window in which one came is not judged.
 
 The records between the two samples at a window's begin are a gift to the tracker. A window proves
 something only when it needs no gift, or when much more was written in it; and it is long: of a
@@ -43,12 +45,14 @@ class Sample:
     Attributes:
         written: sectors written and discarded since the device appeared. in_flight: writes that had
             begun and not ended. recorded: sectors recorded since the attach. now: monotonic seconds.
+            passthrough: commands past the block layer since the attach.
     """
 
     written: int
     in_flight: int
     recorded: int
     now: float
+    passthrough: int = 0
 
 
 class Witness:
@@ -57,6 +61,7 @@ class Witness:
     Args:
         at_completion: True when the device counts a write after it is recorded (request-based);
             False: possibly when it begins.
+        certain: a deficit has no harmless cause (a whole request-based disk): the first one is enough.
 
     Attributes:
         proven_sectors: sectors counted in windows of which all was recorded.
@@ -66,8 +71,8 @@ class Witness:
         blind: why the tracker is blind, in words; empty: it is not known to be.
     """
 
-    def __init__(self, at_completion: bool) -> None:
-        self.at_completion = at_completion
+    def __init__(self, at_completion: bool, certain: bool = False) -> None:
+        self.at_completion, self.certain = at_completion, certain
         self.proven_sectors = 0
         self.proven_at: float | None = None
         self.doubt = 0
@@ -75,6 +80,7 @@ class Witness:
         self.counted = True
         self.unreadable = ""
         self._last: Sample | None = None
+        self._passthrough = 0
         #: Records of the sample before the window, counters of the one that opened it, and when.
         self._window: tuple[int, int, float] | None = None
         self._gift = 0
@@ -94,8 +100,12 @@ class Witness:
 
     def take(self, sample: Sample) -> None:
         """Judge one more sample; samples come in order of time."""
-        last, self._last = self._last, sample
         self.unreadable = ""
+        if sample.passthrough != self._passthrough:
+            # Its sectors may be counted a moment later: not this sample begins the next window, but the one after.
+            self._passthrough, self._last, self._window = sample.passthrough, None, None
+            return
+        last, self._last = self._last, sample
         if last is None:
             return
         if self._window is None or sample.written < self._window[1]:
@@ -115,7 +125,7 @@ class Witness:
             if not written or sample.now - self._window[2] >= WINDOW_SECONDS:
                 self._open(last, sample)
         elif self._comparable(sample):
-            if self.doubt or self.at_completion:
+            if self.doubt or self.certain:
                 self.blind = (
                     f"the device wrote {written} sectors in {sample.now - self._window[2]:.0f} s, "
                     f"and {lacking} of them were not recorded"

@@ -223,11 +223,9 @@ class Tracker:
             item.witness.unreadable = str(exc)
             return
         item.witnessed_at = time.monotonic()
-        # A command past the block layer has marked all; newer kernels can be told to count what it transferred.
-        recorded = stats.sectors + stats.passthrough * item.sectors
         written = counters.sectors_written + counters.sectors_discarded
         before = item.witness.state
-        item.witness.take(Sample(written, in_flight, recorded, item.witnessed_at))
+        item.witness.take(Sample(written, in_flight, stats.sectors, item.witnessed_at, stats.passthrough))
         if item.witness.blind and before != "blind":
             LOG.critical("volume %s/%s: THE TRACKER IS BLIND: %s", *item.key, item.witness.blind)
             self.suspect(item.key, f"the tracker is blind: {item.witness.blind}")
