@@ -73,7 +73,7 @@ unsigned long bufflink_mark_position(struct bufflink_channel *channel,
 {
 	if (!cpu_possible(cpu))
 		return 0;
-	/* Pairs with bufflink_produce(): not older than what we were told of. */
+	/* Pairs with what produces: not older than what we were told of. */
 	return smp_load_acquire(&per_cpu_ptr(channel->rings, cpu)->head);
 }
 

@@ -72,6 +72,7 @@ struct bufflink_channel {
 	/* Records of each ring that may be used, and half of them. */
 	unsigned int limit;
 	unsigned long half;
+
 	/* Set by producers after they noted overflow, cleared by a sweep. */
 	unsigned int overflowed;
 	wait_queue_head_t wait;

@@ -116,7 +116,7 @@ unsigned int bufflink_ring_take(struct bufflink_channel *channel,
 				struct bufflink_record *to, unsigned int max)
 {
 	unsigned long tail = ring->tail;
-	/* Before the records' bytes; pairs with bufflink_produce(). */
+	/* Before the records' bytes; pairs with bufflink_try(), bufflink_produce(). */
 	unsigned long head = smp_load_acquire(&ring->head);
 	unsigned int index = tail & (channel->ring_records - 1);
 	unsigned int count = min_t(unsigned long, head - tail, max);

@@ -81,9 +81,6 @@ MAY_CHANGE_NOTHING = {
     "failed": "No write that failed had changed anything, and no other was made.",
 }
 
-# What is known not to be recorded: docs/kernel.md has a paragraph on each.
-OPEN_LIMITS: dict[tuple[str, str], str] = {}
-
 # The rows that `make test` has a look at on each run: one of each way in which a driver handles bios, what is nested,
 # the disk that fails and erases, and what is refused. `make truth` has all.
 EACH_RUN = (

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from tests.truth.catalogue import EXACT, EXACT_RATIO, MAY_CHANGE_NOTHING, OPEN_LIMITS, OPERATIONS
+from tests.truth.catalogue import EXACT, EXACT_RATIO, MAY_CHANGE_NOTHING, OPERATIONS
 
 #: Not recorded correctly by this or by no kernel, and why: what ATTACH may refuse a kind of device for.
 REFUSALS = {
@@ -38,19 +38,18 @@ def problems(row: dict[str, Any], operations: Iterable[str] = OPERATIONS) -> lis
         return [f"{kind}: must be refused"]
     found = [f"{kind}: no cell for {name}" for name in operations if name not in row["cells"]]
     for name, cell in row["cells"].items():
-        found += [f"{kind}, {name}: {text}" for text in _of_cell(kind, name, cell)]
+        found += [f"{kind}, {name}: {text}" for text in _of_cell(name, cell)]
     return found
 
 
-def _of_cell(kind: str, name: str, cell: dict[str, Any]) -> list[str]:
+def _of_cell(name: str, cell: dict[str, Any]) -> list[str]:
     if "not_offered" in cell:
         return [] if cell["not_offered"] else ["not offered, and nobody knows why"]
     found = []
-    if (kind, name) not in OPEN_LIMITS:
-        if cell["missed"]:
-            found.append(f"{cell['missed']} of {cell['changed']} changed sectors were missed")
-        if name == "passthrough" and cell["marked"] != cell["sectors"]:
-            found.append("a command past the block layer did not mark the whole volume")
+    if cell["missed"]:
+        found.append(f"{cell['missed']} of {cell['changed']} changed sectors were missed")
+    if name == "passthrough" and cell["marked"] != cell["sectors"]:
+        found.append("a command past the block layer did not mark the whole volume")
     if cell["blind"]:
         found.append("the volume is blind")
     if not cell["changed"] and name not in MAY_CHANGE_NOTHING:
@@ -58,7 +57,7 @@ def _of_cell(kind: str, name: str, cell: dict[str, Any]) -> list[str]:
     elif name in EXACT and not cell["widened"] and cell["marked"] > EXACT_RATIO * cell["changed"]:
         found.append(f"{cell['marked']} sectors were marked where {cell['changed']} changed")
     for below in cell["below"]:
-        if below["missed"] and (kind, name) not in OPEN_LIMITS:
+        if below["missed"]:
             found.append(f"{below['missed']} of {below['changed']} changed sectors of {below['path']} were missed")
         if below["blind"]:
             found.append(f"{below['path']} is blind")
