@@ -117,9 +117,10 @@ def deployed(lab: Lab) -> Iterator[Deployed]:
         lab.ssh(host, "cat > /usr/local/sbin/lvdemo-writer; chmod 755 /usr/local/sbin/lvdemo-writer", input_text=WRITER)
         lab.ssh(host, "cat > /etc/systemd/system/lvdemo.service", input_text=UNIT)
     lab.ssh("alpha", f"mkfs.ext4 -qF {LV} && mount {LV} {MOUNT} && : > {MOUNT}/journal", timeout=120)
+    # It runs before bmigrate knows of it; afterwards it may only be started where the host has the role for it.
+    lab.ssh("alpha", "systemctl daemon-reload; systemctl start lvdemo.service")
     run = play(lab, "install.yml", **inventory())
     assert run.returncode == 0, run.output[-6000:]
-    lab.ssh("alpha", "systemctl daemon-reload; systemctl start lvdemo.service")
     yield Deployed(lab)
 
 
