@@ -22,11 +22,12 @@ demo: setup ## boot two VMs, move a live PostgreSQL there and back, print the ev
 	$(PY) -m demo
 
 # Two at a time (tests/conftest.py says what stays together). The kernel modules have guests of their own. One boot of
-# the others serves all: first what needs them untouched, then what installs, then what needs them installed.
+# the others serves tests/ansible: first what needs them untouched, then what installs, then what needs them installed;
+# another one serves tests/vm.
 KERNEL := $(addprefix tests/vm/test_,kernels.py kernel_modules.py kernel_stress.py kernel_life.py)
-TESTS := tests/unit tests/contract $(KERNEL) tests/ansible $(filter-out $(KERNEL),$(sort $(wildcard tests/vm/test_*.py)))
+TESTS := tests/ansible $(KERNEL) $(filter-out $(KERNEL),$(sort $(wildcard tests/vm/test_*.py))) tests/unit tests/contract
 test: setup lint module ## lint, kernel build, then unit, contract, Ansible and VM tests
-	$(PYTEST) -n 2 --dist loadscope --durations=20 --tb=short $(TESTS)
+	$(PYTEST) -n 2 --dist loadscope --no-loadscope-reorder --durations=20 --tb=short $(TESTS)
 
 lint: setup ## check style and types of all that is in the repository
 	tools/lint

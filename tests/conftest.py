@@ -17,14 +17,19 @@ import pytest
 
 from lab import Lab, LabError
 
-LAB_NAME = os.environ.setdefault("BMIGRATE_LAB", "test")
+#: Each worker has guests of its own: those of the second one are NAME-gw1.
+LAB_NAME = os.environ.get("BMIGRATE_LAB", "test")
+if os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0":
+    LAB_NAME += f"-{os.environ['PYTEST_XDIST_WORKER']}"
+os.environ["BMIGRATE_LAB"] = LAB_NAME
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With workers side by side (`make test`): tests that share guests stay with one worker, and in their order.
 
-    The two large groups begin at once; the tests without guests follow where a worker is free.
+    Groups begin in the order of the command line (--no-loadscope-reorder): the longest ones first, the tests without
+    guests, each a group of its own, last.
     """
     from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
@@ -32,7 +37,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             if nodeid.startswith("tests/vm/test_kernel"):
                 return "kernel"
-            return "lab" if nodeid.startswith(("tests/vm/", "tests/ansible/")) else nodeid
+            return "/".join(nodeid.split("/")[:2]) if nodeid.startswith(("tests/vm/", "tests/ansible/")) else nodeid
 
     return Together(config, log)
 

@@ -136,7 +136,6 @@ def test_a_service_on_a_logical_volume_moves_there_and_back(deployed: Deployed) 
     assert found == list(range(1, len(found) + 1))
     assert len(found) >= there > deployed.acknowledged("alpha") >= 40
 
-    deployed.sync()
     assert deployed.failover() == {"alpha": "primary", "beta": "standby"}
     deployed.wait_for_writes("alpha", 20)
     here = deployed.acknowledged("alpha")
