@@ -77,6 +77,15 @@ class Guest:
         """The raw file of the data disk `number`; complete only after a flush."""
         return self.directory / next(disk.file_name for disk in DISKS if disk.number == number)
 
+    def console_text(self) -> str:
+        """All of it; empty before the first boot."""
+        return self.console_file.read_text(errors="replace") if self.console_file.exists() else ""
+
+    def note(self, text: str) -> None:
+        """Put a line of the lab's own into the console's file."""
+        with self.console_file.open("a") as console:
+            console.write(f"\n--- {text}\n")
+
     def console(self, lines: int = 40) -> str:
         """The last lines of the console, and what QEMU itself said."""
         parts = []

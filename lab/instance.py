@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Callable, TypeVar
 
 from lab import guestconfig, image, kernels, paths, ports, qemu
+from lab.bootwatch import BootWatch
 from lab.compare import Comparison, compare_files
 from lab.disks import DISKS, VM_NAMES, disk_by_number
 from lab.errors import LabError
@@ -29,6 +30,8 @@ from lab.kernels import Kernel
 from lab.waiting import wait
 
 T = TypeVar("T")
+# How often a guest is booted that stands still before its kernel is up, see lab/bootwatch.py.
+BOOT_TRIES = 3
 # Twenty times what a boot takes on a quiet machine: emulated guests on a busy one are slow, not stuck.
 BOOT_LIMIT_SECONDS = float(os.environ.get("BMIGRATE_LAB_BOOT_SECONDS", "600"))
 
@@ -323,8 +326,15 @@ class Lab:
         """
         guest = self.guest(name)
         began = time.monotonic()
+        watch, tries = BootWatch(), 1
 
         def answers() -> bool:
+            nonlocal watch, tries
+            if tries < BOOT_TRIES and watch.stands_still(guest.console_text(), time.monotonic()):
+                watch, tries = BootWatch(), tries + 1
+                guest.kill()
+                guest.note(f"the kernel stood still in its start; power on again, try {tries}")
+                guest.start()
             if not guest.running():
                 raise LabError(f"{name}: QEMU ended before ssh answered\n{guest.console()}")
             if guest.panicked():

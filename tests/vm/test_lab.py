@@ -6,12 +6,14 @@ Uses disks 3 and 4 of alpha only, so that it may run beside tests that work on d
 
 from __future__ import annotations
 
+import os
 import secrets
+import signal
 import socket
 
 import pytest
 
-from lab import Lab
+from lab import Lab, bootwatch, wait
 from lab.disks import disk_by_number
 
 FOUR_K = disk_by_number(3)
@@ -104,3 +106,20 @@ def test_a_guest_has_no_way_out(lab: Lab) -> None:
         assert lab.ssh("alpha", reach, check=False).returncode != 0
         with pytest.raises(TimeoutError):
             listener.accept()
+
+
+def test_a_guest_that_stands_still_at_boot_is_booted_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU is stopped where the emulator's own fault would leave the guest; see lab/bootwatch.py."""
+    monkeypatch.setattr(bootwatch, "STILL_SECONDS", 5.0)
+    guest = lab.guest("beta")
+    lab.kill("beta")
+    said = len(guest.console_text())
+    lab.start("beta", wait_for_ssh=False)
+    stopped = guest.qemu.pid()
+    assert stopped is not None
+    wait(lambda: "Linux version" in guest.console_text()[said:], 120, "the kernel's first line", 0.01)
+    os.kill(stopped, signal.SIGSTOP)
+    assert "as init process" not in guest.console_text()[said:]
+    lab.wait_for_ssh("beta")
+    assert guest.qemu.pid() != stopped
+    assert guest.console_text()[said:].count("the kernel stood still in its start") == 1
