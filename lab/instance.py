@@ -30,7 +30,7 @@ from lab.kernels import Kernel
 from lab.waiting import wait
 
 T = TypeVar("T")
-# How often a guest is booted that stands still before its kernel is up, see lab/bootwatch.py.
+# How often a guest is booted that stands still in its start, see lab/bootwatch.py.
 BOOT_TRIES = 3
 # Twenty times what a boot takes on a quiet machine: emulated guests on a busy one are slow, not stuck.
 BOOT_LIMIT_SECONDS = float(os.environ.get("BMIGRATE_LAB_BOOT_SECONDS", "600"))
@@ -326,14 +326,16 @@ class Lab:
         """
         guest = self.guest(name)
         began = time.monotonic()
-        watch, tries = BootWatch(), 1
+        mark = guest.directory / "answered"
+        answered = mark.exists()
+        watch, tries = BootWatch(answered), 1
 
         def answers() -> bool:
             nonlocal watch, tries
             if tries < BOOT_TRIES and watch.stands_still(guest.console_text(), time.monotonic()):
-                watch, tries = BootWatch(), tries + 1
+                watch, tries = BootWatch(answered), tries + 1
                 guest.kill()
-                guest.note(f"the kernel stood still in its start; power on again, try {tries}")
+                guest.note(f"the guest stood still in its start; power on again, try {tries}")
                 guest.start()
             if not guest.running():
                 raise LabError(f"{name}: QEMU ended before ssh answered\n{guest.console()}")
@@ -345,6 +347,7 @@ class Lab:
             return _banner(guest.ports.ssh, patience) and self._try_ssh(name, ["true"]) is not None
 
         wait(answers, limit_seconds, f"ssh on {name}", 0.25, guest.console)
+        mark.touch()
 
     def put(self, name: str, local: str | Path, remote: str) -> None:
         """Copy a file or directory into a guest."""
