@@ -11,6 +11,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -58,6 +59,39 @@ def ends_with(sender: Sender, reason: str, code: int = 3) -> None:
     assert sender.ended() == code
 
 
+def extents(*parts: tuple[int, bytes]) -> dict[str, Any]:
+    """Fields of an EXTENTS frame."""
+    table = frames.encode_extents([(offset, len(data)) for offset, data in parts])
+    return {"aux": len(parts), "payload": b"".join(data for _, data in parts) + table}
+
+
+def test_extents_land_where_they_belong_and_nowhere_else(host: StandbyHost) -> None:
+    sender = host.session()
+    want = bytearray(content(host))
+    parts = [(4 * MIB + at * 8192, os.urandom(512 * (1 + at % 8))) for at in range(100)]
+    for offset, data in parts:
+        want[offset : offset + len(data)] = data
+    sender.send(FrameType.EXTENTS, **extents(*parts))
+    ack(sender, 1)
+    assert content(host) == bytes(want)
+
+
+def test_writes_go_on_while_a_flush_is_under_way(host: StandbyHost) -> None:
+    host.environment["BMIGRATE_FAULTS"] = "receive.fdatasync=delay:600@1"
+    try:
+        sender = host.session()
+    finally:
+        del host.environment["BMIGRATE_FAULTS"]
+    before, after = os.urandom(4096), os.urandom(4096)
+    sender.send(FrameType.DATA, offset=5 * MIB, payload=before)
+    sender.send(FrameType.SYNC, aux=1)
+    sender.send(FrameType.DATA, offset=5 * MIB + 4096, payload=after)
+    wait(lambda: content(host)[5 * MIB : 5 * MIB + 8192] == before + after, "the write after the SYNC to land")
+    sender.send(FrameType.PING)
+    frame = sender.receive()
+    assert frame is not None and frame.type is FrameType.PONG, "nothing is acknowledged before its flush is done"
+
+
 def test_data_zeroes_hashes_and_rereads(host: StandbyHost) -> None:
     sender = host.session()
     data = os.urandom(3 * MIB)
@@ -99,6 +133,8 @@ def test_out_of_bounds_and_misaligned_frames_end_the_session(host: StandbyHost) 
         (FrameType.DATA, {"offset": 1 << 62, "payload": b"x" * 512}, "out_of_bounds"),
         (FrameType.DATA, {"offset": 100, "payload": b"x" * 512}, "misaligned"),
         (FrameType.DATA, {"offset": 0, "payload": b"x" * 100}, "misaligned"),
+        (FrameType.EXTENTS, extents((0, b"x" * 512), (SIZE, b"x" * 512)), "out_of_bounds"),
+        (FrameType.EXTENTS, extents((0, b"x" * 512), (1024, b"x" * 100)), "misaligned"),
         (FrameType.ZERO, {"offset": 0, "aux": SIZE + 512}, "out_of_bounds"),
         (FrameType.ZERO, {"offset": 0, "aux": 1}, "misaligned"),
         (FrameType.HASH, {"offset": SIZE - 512, "aux": 1024, "payload": frames.encode_chunk(4096)}, "out_of_bounds"),

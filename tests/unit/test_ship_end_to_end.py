@@ -386,7 +386,7 @@ def test_an_idle_workload_converges_after_a_stall(world: World) -> None:
 def test_bandwidth_limit_holds_and_a_drain_ignores_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """2 MiB/s for the seed; the drain, with the workload down, does not wait for it."""
     limits = Limits(bandwidth_bytes_per_second=2 * MIB)
-    world = World(tmp_path, monkeypatch, {"data": 24 * MIB}, limits)
+    world = World(tmp_path, monkeypatch, {"data": 48 * MIB}, limits)
     try:
         engine = world.engine()
         world.until(engine, "seeding")

@@ -31,6 +31,16 @@ def message(draw: st.DrawFn, types: frozenset[FrameType] = frames.FROM_SENDER) -
     fields: Message = {"type_": type_, "volume": draw(st.integers(0, 15)), "offset": draw(st.integers(0, 1 << 60))}
     if type_ is FrameType.DATA:
         fields["payload"] = draw(st.binary(min_size=1, max_size=5000))
+    elif type_ is FrameType.EXTENTS:
+        gaps = draw(st.lists(st.tuples(st.integers(0, 1 << 40), st.binary(min_size=1, max_size=600)), min_size=1))
+        parts, end = [], 0
+        for gap, data in gaps:
+            parts.append((end + gap, data))
+            end += gap + len(data)
+        fields.update(
+            offset=0, aux=len(parts), payload=b"".join(data for _, data in parts)
+            + frames.encode_extents([(offset, len(data)) for offset, data in parts]),
+        )  # fmt: skip
     elif type_ is FrameType.HASH:
         fields["aux"] = draw(st.integers(1, frames.MAX_HASH_BYTES))
         fields["payload"] = frames.encode_chunk(1 << draw(st.integers(12, 22)))
@@ -230,3 +240,47 @@ def test_payloads_are_not_copied_and_land_at_the_start_of_the_buffer() -> None:
 def test_too_much_payload_is_refused_by_the_writer() -> None:
     with pytest.raises(frames.TooLongError):
         FrameWriter(7).encode(FrameType.DATA, payload=bytes(frames.MAX_PAYLOAD_BYTES + 1))
+
+
+@unhurried
+@given(st.lists(st.tuples(st.integers(0, 1 << 40), st.binary(min_size=1, max_size=600)), min_size=1, max_size=40))
+def test_extents_come_out_as_they_went_in(gaps: list[tuple[int, bytes]]) -> None:
+    parts, end = [], 0
+    for gap, data in gaps:
+        parts.append((end + gap, memoryview(data)))
+        end += gap + len(data)
+    writer = FrameWriter(7)
+    (frame,) = reader_of(7).feed(b"".join(bytes(buffer) for buffer in writer.encode_extents(3, parts)))
+    assert (frame.type, frame.volume, frame.aux, writer.next_seq) == (FrameType.EXTENTS, 3, len(parts), 2)
+    assert [(offset, bytes(data)) for offset, data in frame.parts()] == [(at, bytes(data)) for at, data in parts]
+
+
+@pytest.mark.parametrize(
+    "table, data_bytes",
+    [
+        ([(0, 512), (511, 512)], 1024),
+        ([(512, 512), (0, 512)], 1024),
+        ([(0, 512), (512, 0)], 512),
+        ([(0, 512)], 1024),
+        ([(0, 1024)], 512),
+        ([((1 << 64) - 512, 1024)], 1024),
+    ],
+    ids=["overlap", "descending", "empty", "data left over", "data missing", "beyond 2^64"],
+)
+def test_extents_that_do_not_fit_their_data_are_refused(table: list[tuple[int, int]], data_bytes: int) -> None:
+    payload = bytes(data_bytes) + frames.encode_extents(table)
+    header = frames.encode_header(
+        FrameType.EXTENTS, volume=0, epoch=7, seq=1, offset=0, aux=len(table), length=len(payload),
+        payload_crc32=zlib.crc32(payload),
+    )  # fmt: skip
+    with pytest.raises(frames.BadShapeError):
+        list(reader_of(7).feed(header + payload))
+    with pytest.raises(frames.BadShapeError):
+        FrameWriter(7).encode(FrameType.EXTENTS, aux=len(table), payload=payload)
+
+
+@pytest.mark.parametrize("count", [0, frames.MAX_EXTENTS + 1])
+def test_the_number_of_extents_is_bounded(count: int) -> None:
+    parts = [(1024 * number, memoryview(bytes(512))) for number in range(count)]
+    with pytest.raises(frames.BadShapeError):
+        FrameWriter(7).encode_extents(0, parts)

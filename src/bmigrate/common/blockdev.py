@@ -214,6 +214,20 @@ def identity(path: PathLike) -> dict[str, Any]:
     return result
 
 
+def read_exactly(fd: int, view: memoryview, offset: int) -> None:
+    """Fill ``view`` from ``offset``; with O_DIRECT all of it must be whole logical blocks, aligned in memory too.
+
+    Raises:
+        OSError: device error, or the device ended early.
+    """
+    done, length = 0, len(view)
+    while done < length:
+        got = os.preadv(fd, [view[done:]], offset + done)
+        if got <= 0:
+            raise OSError(5, f"device ended at byte {offset + done}, {length - done} bytes early")
+        done += got
+
+
 class DirectReader:
     """Reads a device past the page cache into one aligned, reused buffer.
 
@@ -236,12 +250,7 @@ class DirectReader:
             OSError: device error, or the device ended early.
         """
         view = self._view[:length]
-        done = 0
-        while done < length:
-            got = os.preadv(self.fd, [view[done:]], offset + done)
-            if got <= 0:
-                raise OSError(5, f"device ended at byte {offset + done}, {length - done} bytes early")
-            done += got
+        read_exactly(self.fd, view, offset)
         return view
 
 

@@ -5,7 +5,7 @@ It promises that waiting is always bounded: the peer must be heard within the li
 counts), our own frames must leave within it, and when the connection to hold ends the receiver ends
 too, because without hold nobody could kill it before the next session writes. The buffer that
 payloads are read into is page-aligned, so that a DATA payload goes from the pipe to the device
-without another copy. Only one frame is in memory at any time.
+without another copy. Only one frame is in memory at any time. Two threads may send, each frame in one piece.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import fcntl
 import mmap
 import os
 import select
+import threading
 import time
 
-from bmigrate.common.errors import UnreachableError
+from bmigrate.common.errors import BmigrateError, UnreachableError
 from bmigrate.wire.frames import FROM_SENDER, MAX_PAYLOAD_BYTES, Buffer, Frame, FrameReader, FrameType, FrameWriter
 
 _F_SETPIPE_SZ = 1031
@@ -47,6 +48,15 @@ class Link:
         self._poll = select.poll()
         self._poll.register(fd_in, select.POLLIN)
         self._heard = self._said = time.monotonic()
+        self._send_lock = threading.Lock()
+        self._failure: BmigrateError | None = None
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._poll.register(self._wake_read, select.POLLIN)
+
+    def fail(self, error: BmigrateError) -> None:
+        """From another thread: `receive` raises `error`, now if it waits, else before the next frame."""
+        self._failure = error
+        os.write(self._wake_write, b"x")
 
     def start_session(self, epoch: int, hold_fd: int, silence_seconds: float) -> None:
         """From now on frames carry `epoch`, and the end of `hold_fd` ends the session."""
@@ -80,6 +90,10 @@ class Link:
         Raises:
             UnreachableError: it does not take it.
         """
+        with self._send_lock:
+            self._send(type_, volume, offset, aux, payload)
+
+    def _send(self, type_: FrameType, volume: int, offset: int, aux: int, payload: Buffer) -> None:
         parts = [
             memoryview(part)
             for part in self.writer.encode(type_, volume=volume, offset=offset, aux=aux, payload=payload)
@@ -124,6 +138,8 @@ class Link:
 
     def _check_hold(self, timeout_seconds: float) -> None:
         for fd, _events in self._poll.poll(timeout_seconds * 1000):
+            if fd == self._wake_read and self._failure is not None:
+                raise self._failure
             if fd == self._hold:
                 raise UnreachableError(
                     "bmigrate-hold closed the connection: this session is over",

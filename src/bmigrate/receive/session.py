@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """One session after its handshake: what each frame makes the receiver do.
 
-The order that matters is in `_sync`: every written volume is flushed, then the note in receive.ack
-is durable, and only then the ACK leaves. An ACK that left earlier would let the source clear blocks
-that a power cut here can still take back. Frames are handled one after another in the order in
-which they were sent, so an ACK covers everything before its SYNC.
+Frames are handled one after another in the order in which they were sent, and a write is complete when
+its frame is done with; so whatever came before a SYNC is on the device, in its cache at worst, when
+the flusher is told of that SYNC. Flush, note and ACK follow there, in another thread (flusher.py),
+while the next frames are written.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Callable
 from bmigrate.common import faults
 from bmigrate.common.errors import RefusedError
 from bmigrate.receive.ackfile import AckFile
+from bmigrate.receive.flusher import Flusher
 from bmigrate.receive.link import Link
 from bmigrate.receive.volumes import StandbyVolume
 from bmigrate.wire.frames import Frame, FrameType
@@ -35,11 +36,12 @@ class Session:
     ) -> None:
         self._link = link
         self._volumes = volumes
-        self._acks = acks
+        self._flusher = Flusher(link, volumes, acks)
         self._clear_suspect = clear_suspect
         self._last_sync = 0
         self._handlers: dict[FrameType, Callable[[Frame], None]] = {
             FrameType.DATA: self._data,
+            FrameType.EXTENTS: self._extents,
             FrameType.ZERO: self._zero,
             FrameType.SYNC: self._sync,
             FrameType.HASH: self._hash,
@@ -55,6 +57,14 @@ class Session:
         Raises:
             FrameError, BmigrateError: the session is over and nothing after the last ACK may be believed.
         """
+        self._flusher.start()
+        try:
+            return self._handle()
+        finally:
+            # Before the files are closed: a flush that is under way must not end in another file's descriptor.
+            self._flusher.stop()
+
+    def _handle(self) -> str:
         while True:
             frame = self._link.receive()
             if frame is None:
@@ -79,19 +89,20 @@ class Session:
     def _data(self, frame: Frame) -> None:
         self._volume(frame).write(frame.offset, frame.payload)
 
+    def _extents(self, frame: Frame) -> None:
+        volume, parts = self._volume(frame), frame.parts()
+        volume.check_extents(parts)
+        for offset, data in parts:
+            volume.write(offset, data)
+
     def _zero(self, frame: Frame) -> None:
         self._volume(frame).zero(frame.offset, frame.aux, self._link.keep_alive)
 
     def _sync(self, frame: Frame) -> None:
         if frame.aux <= self._last_sync:
             raise RefusedError(f"SYNC number {frame.aux} after number {self._last_sync}", reason="bad_sequence")
-        for volume in self._volumes:
-            volume.sync()
-        faults.point("receive.synced")
-        self._acks.note(frame.aux)
         self._last_sync = frame.aux
-        faults.point("receive.noted")
-        self._link.send(FrameType.ACK, aux=frame.aux, offset=frame.seq)
+        self._flusher.wanted(frame.aux, frame.seq)
 
     def _hash(self, frame: Frame) -> None:
         answer = self._volume(frame).hashes(frame.offset, frame.aux, frame.chunk_bytes(), self._link.keep_alive)

@@ -40,7 +40,8 @@ class StandbyVolume:
         self.device = device
         self.limit_bytes = limit_bytes
         self.written_bytes = 0
-        self.unsynced = False
+        self._writes = 0
+        self._synced = 0
         self._broken: str | None = None
         self._reader: blockdev.DirectReader | None = None
         try:
@@ -73,6 +74,20 @@ class StandbyVolume:
             os.close(self.fd)
             raise
 
+    @property
+    def unsynced(self) -> bool:
+        """Whether something was written that no flush has made durable."""
+        return self._writes != self._synced
+
+    def check_extents(self, parts: list[tuple[int, memoryview]]) -> None:
+        """Refuse an EXTENTS frame as a whole before the first of its bytes is written.
+
+        Raises:
+            RefusedError: out of bounds, or not whole blocks.
+        """
+        for offset, data in parts:
+            self._check("EXTENTS", offset, len(data))
+
     def write(self, offset: int, data: memoryview) -> None:
         """Write `data` at `offset` (bytes). The buffer must be aligned in memory; it is not copied.
 
@@ -82,7 +97,7 @@ class StandbyVolume:
         self._check("DATA", offset, len(data))
         if faults.point("receive.write") == "corrupt":
             data[0] ^= 0xFF
-        self.unsynced = True
+        self._writes += 1
         done = 0
         try:
             while done < len(data):
@@ -94,7 +109,7 @@ class StandbyVolume:
     def zero(self, offset: int, length: int, alive: Alive) -> None:
         """Make `length` bytes at `offset` read back as zeroes; `alive` is called between long steps."""
         self._check("ZERO", offset, length)
-        self.unsynced = True
+        self._writes += 1
         end = offset + length
         try:
             while offset < end:
@@ -107,14 +122,17 @@ class StandbyVolume:
         self.written_bytes += length
 
     def sync(self) -> None:
-        """Make everything written so far durable; once it has failed it always fails.
+        """Make everything durable that was written before this call; once it has failed it always fails.
+
+        May run in another thread than the writes: what is written meanwhile counts as not flushed.
 
         Raises:
             RefusedError: reason ``io_error``.
         """
         if self._broken is not None:
             raise RefusedError(self._broken, volume=self.name, reason="io_error")
-        if not self.unsynced:
+        writes = self._writes  # counted before a write begins: what this flush may miss is not counted as flushed
+        if writes == self._synced:
             return
         try:
             faults.point("receive.fdatasync")
@@ -123,7 +141,7 @@ class StandbyVolume:
             failed = self._failed("flush", error)
             self._broken = failed.message
             raise failed from error
-        self.unsynced = False
+        self._synced = writes
 
     def hashes(self, offset: int, length: int, chunk_bytes: int, alive: Alive) -> bytes:
         """16-byte BLAKE2b digests of each chunk of a range, read from the device past the cache."""

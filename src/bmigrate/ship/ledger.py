@@ -17,7 +17,7 @@ Extent = tuple[int, int]
 DIGEST_BYTES = 32
 
 
-def piece_digest(data: bytes) -> bytes:
+def piece_digest(data: bytes | memoryview) -> bytes:
     """BLAKE2b-256 of one piece."""
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 

@@ -24,6 +24,25 @@ class StreamEnded(Exception):
     """The other end is gone; the transport may know why."""
 
 
+def _damaged(data: Buffer) -> memoryview:
+    """For tests: a copy with one byte wrong."""
+    damaged = bytearray(data)
+    damaged[len(damaged) // 2] ^= 0xFF
+    return memoryview(damaged)
+
+
+def _rest(buffers: list[Buffer], left: int) -> list[Buffer]:
+    """The last ``left`` bytes of the buffers."""
+    result: list[Buffer] = []
+    for buffer in reversed(buffers):
+        if left <= 0:
+            break
+        result.append(buffer if len(buffer) <= left else memoryview(buffer)[len(buffer) - left :])
+        left -= len(buffer)
+    result.reverse()
+    return result
+
+
 class Link:
     """Both directions of one connection, seen from the sender."""
 
@@ -53,6 +72,20 @@ class Link:
         with self._lock:
             self._write(type_, volume, offset, aux, payload)
 
+    def send_extents(self, volume: int, parts: list[tuple[int, memoryview]]) -> None:
+        """Write one EXTENTS frame of (offset in bytes, data), not copied; blocks while the pipe is full.
+
+        Raises:
+            StreamEnded: the connection is over.
+        """
+        with self._lock:
+            if self._broken:
+                raise StreamEnded("an earlier write failed")
+            buffers = self._writer.encode_extents(volume, parts)
+            if faults.point("ship.send") == "corrupt":
+                buffers[1] = _damaged(buffers[1])
+            self._put(buffers)
+
     def send_if_free(self, type_: FrameType) -> bool:
         """Write one small frame unless somebody is writing; False then (what he writes says the same: alive)."""
         if not self._lock.acquire(blocking=False):
@@ -68,15 +101,17 @@ class Link:
             raise StreamEnded("an earlier write failed")
         header, body = self._writer.encode(type_, volume=volume, offset=offset, aux=aux, payload=payload)
         if type_ is FrameType.DATA and faults.point("ship.send") == "corrupt":
-            damaged = bytearray(body)
-            damaged[len(damaged) // 2] ^= 0xFF
-            body = memoryview(damaged)
+            body = _damaged(body)
+        self._put([header, body] if len(body) else [header])
+
+    def _put(self, buffers: list[Buffer]) -> None:
+        """All of the buffers, in order."""
         try:
-            done = os.writev(self.stream.write_fd, [header, body] if len(body) else [header])
-            while done < len(header) + len(body):
-                rest = header[done:] if done < len(header) else b""
-                tail = body[max(0, done - len(header)) :]
-                done += os.writev(self.stream.write_fd, [rest, tail] if rest else [tail])
+            left = sum(len(buffer) for buffer in buffers)
+            left -= os.writev(self.stream.write_fd, buffers)
+            while left:
+                buffers = _rest(buffers, left)
+                left -= os.writev(self.stream.write_fd, buffers)
         except OSError as exc:
             self._broken = True
             raise StreamEnded(str(exc)) from exc

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Keeps the shipper polite, and knows where its time goes. One per workload, used by its sending thread.
+"""Keeps the shipper polite, and knows where its time goes. One per workload, used by its reading and sending threads.
 
 Promises: while ``urgent`` is set (a handover converges or drains) nothing here waits; a wait ends
 as soon as it is set. What it measures is only ever shown as the limiter, never decided on.
@@ -31,20 +31,24 @@ class Pacer:
         self.urgent = threading.Event()
         self.foreground_writes = False
         self.spent: dict[str, float] = dict.fromkeys(LIMITERS, 0.0)
-        self._io_class: int | None = None
+        self._thread = threading.local()
         self._pressure_at = 0.0
         self._pressure: float | None = None
 
     def begin(self) -> None:
-        """A pass begins in the calling thread: set its I/O class and start measuring."""
+        """A walk begins: start measuring, and ``enter``."""
         self.spent = dict.fromkeys(LIMITERS, 0.0)
+        self.enter()
+
+    def enter(self) -> None:
+        """Set the I/O class of the calling thread as it must be now; to be called by who reads, before each claim."""
         wanted = gentle.CLASS_NONE if self.urgent.is_set() else gentle.CLASS_IDLE
-        if wanted != self._io_class:
+        if wanted != getattr(self._thread, "io_class", None):
             gentle.set_io_class(wanted)
-            self._io_class = wanted
+            self._thread.io_class = wanted
 
     def charge(self, cause: str, seconds: float) -> None:
-        """``seconds`` were spent on a cause of LIMITERS."""
+        """``seconds`` were spent on a cause of LIMITERS; each cause belongs to one thread."""
         self.spent[cause] += seconds
 
     def before_send(self, count: int) -> None:

@@ -1,31 +1,36 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""One pass: an ascending walk over everything dirty, claimed piece by piece, read and sent.
+"""One pass: an ascending walk over everything dirty, claimed and read ahead in a thread, sent in this one.
 
-Promises: only blocks of the claim in hand are read and sent, never a neighbour to fill up an
-extent (its content could overtake a newer version that is already under way); each block is read
-after it was claimed, so that a write that the read misses makes it dirty again. A pass that is
-interrupted has sent every claim that it took completely.
+Promises: only blocks of a claim are read and sent, never a neighbour to fill up an
+extent (its content could overtake a newer version that is already under way); a claim counts as sent when the
+last of its frames is, held back zeroes included. A pass that is interrupted has sent every claim that it
+took completely; one that fails for another reason ends the session, because claims that
+it took and did not send are in nobody's hands until the next fence.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Callable
 
 from bmigrate.common import faults, ranges
+from bmigrate.common.errors import BmigrateError, DefectError
 from bmigrate.ship import ledger as ledgers
 from bmigrate.ship import zeros
 from bmigrate.ship.ledger import Ledger
 from bmigrate.ship.pacer import Pacer
+from bmigrate.ship.readahead import Observer, ReadAhead, Run
 from bmigrate.ship.session import Session
-from bmigrate.ship.source import READ_BYTES, SourceVolume
+from bmigrate.ship.source import SourceVolume
 from bmigrate.ship.window import Claim
+from bmigrate.wire import frames
 from bmigrate.wire.frames import HEADER_BYTES, FrameType
 
-CLAIM_BYTES = 2 << 20
-MAX_ZERO_BYTES = 32 << 20
-Observer = Callable[[str, list[tuple[int, int]]], None]
+MAX_ZERO_BYTES = 1 << 30
+MAX_ZERO_BYTES_DRAIN = 32 << 20
+"""A piece of a drain is read back as a whole: not longer than the receiver re-reads at once."""
+ZERO_HOLD_SECONDS = 0.5
 
 
 @dataclass
@@ -40,8 +45,20 @@ class PassResult:
     limiter: str | None = None
 
 
+@dataclass
+class _Zeroes:
+    """A run of zeroes that is kept back because it may go on, with the claims that wait for it."""
+
+    volume: SourceVolume
+    offset: int
+    length: int
+    since: float
+    claims: list[Claim] = field(default_factory=list)
+    finished: list[Claim] = field(default_factory=list)
+
+
 class Sender:
-    """Puts what was read on the wire: zeroes as ZERO frames, the rest as DATA.
+    """Puts what was read on the wire: zeroes as ZERO frames, the rest as EXTENTS and DATA.
 
     Args:
         session, pacer: the open session and its pacing.
@@ -52,46 +69,73 @@ class Sender:
         self._session = session
         self._pacer = pacer
         self._ledger = ledger
-        self._zero: tuple[SourceVolume, Claim, int, int] | None = None
+        self._zero: _Zeroes | None = None
 
-    def put(self, volume: SourceVolume, claim: Claim, offset: int, data: bytes) -> None:
-        """Send the bytes of a claimed range. Adjacent zeroes are kept back and merged: call ``flush`` at the end."""
-        for part in zeros.split(data):
-            if part.zero:
-                self._add_zero(volume, claim, offset + part.offset, part.length)
-                continue
-            self.flush()
-            payload = data if part.length == len(data) else data[part.offset : part.offset + part.length]
-            self._note(volume.name, offset + part.offset, part.length, payload)
-            if faults.point("ship.payload") == "corrupt":
-                payload = bytes([payload[0] ^ 0xFF]) + payload[1:]
-            self._pacer.before_send(part.length + HEADER_BYTES)
-            began = time.monotonic()
-            self._session.send(FrameType.DATA, volume=volume.index, offset=offset + part.offset, payload=payload)
-            self._pacer.charge("link", time.monotonic() - began)
-            claim.data_bytes += part.length
+    def send(self, volume: SourceVolume, claim: Claim, runs: list[Run]) -> None:
+        """Send claimed ranges, ascending. The data is free on return; adjacent zeroes are kept back and merged."""
+        parts: list[Run] = []
+        for offset, data in runs:
+            for part in zeros.split(data):
+                if part.zero:
+                    self._add_zero(volume, claim, offset + part.offset, part.length)
+                else:
+                    parts.append((offset + part.offset, data[part.offset : part.offset + part.length]))
+        for start in range(0, len(parts), frames.MAX_EXTENTS):
+            self._put(volume, claim, parts[start : start + frames.MAX_EXTENTS])
 
-    def _add_zero(self, volume: SourceVolume, claim: Claim, offset: int, length: int) -> None:
-        if self._zero is not None:
-            held_volume, held_claim, held_offset, held_length = self._zero
-            if held_volume is volume and held_claim is claim and held_offset + held_length == offset:
-                self._zero = (volume, claim, held_offset, held_length + length)
-                return
-            self.flush()
-        self._zero = (volume, claim, offset, length)
+    def finished(self, claim: Claim) -> None:
+        """``send`` was called for all of the claim: it goes to the window now, or when its last zeroes are sent."""
+        if self._zero is not None and claim in self._zero.claims:
+            self._zero.finished.append(claim)
+        else:
+            self._session.sent(claim)
+            faults.point("ship.sent")
 
     def flush(self) -> None:
         """Send the zeroes that were kept back."""
-        if self._zero is None:
+        run, self._zero = self._zero, None
+        if run is None:
             return
-        volume, claim, offset, length = self._zero
-        self._zero = None
-        for piece_offset, piece_length in ranges.pieces(offset, length, MAX_ZERO_BYTES):
-            self._note(volume.name, piece_offset, piece_length, None)
-            self._session.send(FrameType.ZERO, volume=volume.index, offset=piece_offset, aux=piece_length)
+        largest = MAX_ZERO_BYTES if self._ledger is None else MAX_ZERO_BYTES_DRAIN
+        for offset, length in ranges.pieces(run.offset, run.length, largest):
+            self._note(run.volume.name, offset, length, None)
+            self._session.send(FrameType.ZERO, volume=run.volume.index, offset=offset, aux=length)
+        for claim in run.finished:
+            self._session.sent(claim)
+            faults.point("ship.sent")
+
+    def _put(self, volume: SourceVolume, claim: Claim, parts: list[Run]) -> None:
+        total = sum(len(data) for _, data in parts)
+        for offset, data in parts:
+            self._note(volume.name, offset, len(data), data)
+        if faults.point("ship.payload") == "corrupt":
+            offset, data = parts[0]
+            parts[0] = (offset, memoryview(bytes([data[0] ^ 0xFF]) + bytes(data[1:])))
+        self._pacer.before_send(total + HEADER_BYTES)
+        began = time.monotonic()
+        self._session.send_extents(volume, parts)
+        self._pacer.charge("link", time.monotonic() - began)
+        claim.data_bytes += total
+
+    def _add_zero(self, volume: SourceVolume, claim: Claim, offset: int, length: int) -> None:
+        now = time.monotonic()
+        run = self._zero
+        if run is not None and (
+            run.volume is not volume
+            or run.offset + run.length != offset
+            or run.length >= MAX_ZERO_BYTES
+            or now - run.since > ZERO_HOLD_SECONDS
+        ):
+            self.flush()
+            run = None
+        if run is None:
+            run = self._zero = _Zeroes(volume, offset, 0, now)
+        run.length += length
+        if not run.claims or run.claims[-1] is not claim:
+            run.claims.append(claim)
         claim.zero_bytes += length
 
-    def _note(self, volume: str, offset: int, length: int, data: bytes | None) -> None:
+    def _note(self, volume: str, offset: int, length: int, data: memoryview | None) -> None:
         if self._ledger is None:
             return
         digest = ledgers.piece_digest(bytes(length) if data is None else data)
@@ -110,52 +154,43 @@ def run_pass(
     """Walk over everything dirty once. Does not wait for the last acknowledgements.
 
     Args:
-        interrupted: asked before each claim.
+        interrupted: asked before each claim, in the reading thread; what it raises is raised here, after
+            everything claimed before was sent.
         ledger: of a drain, or None.
-        observer: called with each claim's volume and extents before they are read.
+        observer: called with each claim's volume and extents before they are read, in the reading thread.
 
     Raises:
-        BmigrateError: the session is over.
+        BmigrateError: the session is over, or what ``interrupted`` raised.
     """
     result = PassResult()
     sender = Sender(session, pacer, ledger)
     began = time.monotonic()
     waited = session.standby_wait_seconds
     pacer.begin()
-    for volume in session.volumes:
-        offset = 0
-        while offset < volume.size_bytes:
-            if interrupted():
-                result.complete = False
-                break
-            read_before = pacer.spent["source_read"]
-            claim = session.claim(volume, offset, CLAIM_BYTES)
-            if claim is None:
-                break
-            if observer is not None:
-                observer(volume.name, claim.extents)
-            _ship(session, pacer, sender, volume, claim)
-            offset = claim.next_offset
-            result.claims += 1
-            result.data_bytes += claim.data_bytes
-            result.zero_bytes += claim.zero_bytes
-            pacer.rest(pacer.spent["source_read"] - read_before)
-    session.flush()
+    ahead = ReadAhead(session, pacer, interrupted, observer)
+    try:
+        for batch in ahead:
+            sender.send(batch.volume, batch.claim, batch.runs)
+            ahead.give_back(batch)
+            if batch.last:
+                sender.finished(batch.claim)
+                result.claims += 1
+                result.data_bytes += batch.claim.data_bytes
+                result.zero_bytes += batch.claim.zero_bytes
+        sender.flush()
+        session.flush()
+    except BmigrateError as error:
+        session.fail(error)
+        raise
+    except BaseException as exc:
+        session.fail(DefectError(f"the pass failed: {exc!r}", reason="unexpected"))
+        raise
+    finally:
+        ahead.close()
+    if ahead.refused is not None:
+        raise ahead.refused
+    result.complete = ahead.complete
     result.seconds = time.monotonic() - began
     pacer.charge("standby", session.standby_wait_seconds - waited)
     result.limiter = pacer.limiter(result.seconds)
     return result
-
-
-def _ship(session: Session, pacer: Pacer, sender: Sender, volume: SourceVolume, claim: Claim) -> None:
-    """Read and send all of one claim, then hand it to the window."""
-    for offset, length in claim.extents:
-        for piece_offset, piece_length in ranges.pieces(offset, length, READ_BYTES):
-            began = time.monotonic()
-            data = volume.read(piece_offset, piece_length)
-            pacer.charge("source_read", time.monotonic() - began)
-            faults.point("ship.read")
-            sender.put(volume, claim, piece_offset, data)
-    sender.flush()
-    session.sent(claim)
-    faults.point("ship.sent")

@@ -33,7 +33,8 @@ from typing import Callable, NamedTuple
 from bmigrate.common import faults, ranges
 from bmigrate.common.errors import DefectError, RefusedError
 from bmigrate.ship.pacer import Pacer
-from bmigrate.ship.passes import CLAIM_BYTES, Sender
+from bmigrate.ship.passes import Sender
+from bmigrate.ship.readahead import CLAIM_BYTES
 from bmigrate.ship.session import Session
 from bmigrate.ship.source import READ_BYTES, SourceVolume
 from bmigrate.ship.window import Claim
@@ -151,6 +152,7 @@ class Resync:
             self._pacer.rest(self._pacer.spent["source_read"] - read_before)
         while self._under_way:
             self._finish_oldest()
+        self._sender.flush()
         if self._compared_bytes < self._volume.size_bytes:
             # Whatever kept blocks from being claimed: what was not compared is not proved.
             raise DefectError(
@@ -182,12 +184,15 @@ class Resync:
         self.different_bytes += ranges.total(runs)
         if piece.offset == 0:
             runs = ranges.merge([*runs, (0, min(granule, len(piece.data)))])
-        for start, length in runs:
-            self._sender.put(self._volume, piece.claim, piece.offset + start, piece.data[start : start + length])
+        view = memoryview(piece.data)
+        self._sender.send(
+            self._volume,
+            piece.claim,
+            [(piece.offset + start, view[start : start + length]) for start, length in runs],
+        )
         self._compared_bytes += len(piece.data)
         self._progress(len(piece.data))
         if piece.last:
-            self._sender.flush()
             claim = piece.claim
             claim.same_bytes = claim.total_bytes - claim.data_bytes - claim.zero_bytes
-            self._session.sent(claim)
+            self._sender.finished(claim)

@@ -6,8 +6,9 @@ every claim is acknowledged to breqd only after an ACK for a SYNC that followed 
 first failure of any part (stream, receiver, breqd, device) ends all of it, and what was under way stays
 claimed until the next fence. It never resumes: a session that failed once is over.
 
-Threads: the caller's thread claims, reads and sends; a reader takes frames in; an acknowledger
-writes the record and tells breqd. The two sides meet only in the window, under one lock.
+Threads: the caller's thread sends; another one may claim and read ahead of it (readahead.py); a reader takes
+frames in; an acknowledger writes the record and tells breqd. They meet in the window, under one lock,
+and in the connection to breqd, under another.
 """
 
 from __future__ import annotations
@@ -35,9 +36,13 @@ from bmigrate.ship.window import Claim, ProtocolError, Window
 from bmigrate.wire import frames, hello
 from bmigrate.wire.frames import FrameType
 
-MAX_CLAIMS_IN_FLIGHT = 64
-MAX_BYTES_IN_FLIGHT = 16 << 20
-SYNC_BYTES = 4 << 20
+MAX_CLAIMS_IN_FLIGHT = 512
+MAX_BYTES_IN_FLIGHT = 128 << 20
+MIN_SYNC_BYTES = 4 << 20
+MAX_SYNC_BYTES = 32 << 20
+SYNC_RATE_SECONDS = 0.25
+"""A SYNC follows about so many seconds' worth of data: a flush for each few MiB would cost a fast disk its speed."""
+SYNCS_IN_FLIGHT = 4
 SYNC_SECONDS = 0.5
 ANSWER_SECONDS = 300.0
 _DIGEST_BYTES = {
@@ -80,6 +85,7 @@ class Session:
         self._answers: deque[bytes] = deque()
         self._threads: list[threading.Thread] = []
         self._fenced = False
+        self._asking = threading.Lock()
         self._tracker: Tracker | None = None
         self._ack_tracker: Tracker | None = None
         self._link: Link | None = None
@@ -216,37 +222,59 @@ class Session:
             raise self._lost() from exc
 
     def claim(self, volume: SourceVolume, from_offset: int, max_bytes: int) -> Claim | None:
-        """Claim the next dirty blocks at or above an offset; waits while too much is under way."""
-        with self._cond:
-            full = not self._has_room()
-        if full:
-            began = time.monotonic()
-            if self._window.unsynced:
-                self.sync()
-            with self._cond:
-                self._wait(self._has_room, ANSWER_SECONDS, "acknowledgement")
-            self.standby_wait_seconds += time.monotonic() - began
+        """Claim the next dirty blocks at or above an offset; for any thread."""
         self.check()
-        claim = self.tracker.claim(volume.name, self.epoch, max_bytes, from_offset, self.incarnation)
+        with self._asking:
+            claim = self.tracker.claim(volume.name, self.epoch, max_bytes, from_offset, self.incarnation)
         faults.point("ship.claimed")
         return claim
+
+    def send_extents(self, volume: SourceVolume, parts: list[tuple[int, memoryview]]) -> None:
+        """Write data as one frame: (offset, data), ascending; the data is not copied and is free on return.
+
+        Raises:
+            BmigrateError: why the session is over.
+        """
+        self.check()
+        assert self._link is not None
+        try:
+            if len(parts) == 1:
+                self._link.send(FrameType.DATA, volume=volume.index, offset=parts[0][0], payload=parts[0][1])
+            else:
+                self._link.send_extents(volume.index, parts)
+        except StreamEnded as exc:
+            raise self._lost() from exc
 
     def _has_room(self) -> bool:
         return (
             self._window.in_flight_claims < MAX_CLAIMS_IN_FLIGHT and self._window.in_flight_bytes < MAX_BYTES_IN_FLIGHT
         )
 
+    def _sync_bytes(self) -> float:
+        rate = self.rate.bytes_per_second or 0.0
+        return min(max(MIN_SYNC_BYTES, rate * SYNC_RATE_SECONDS), MAX_SYNC_BYTES)
+
     def sent(self, claim: Claim) -> None:
-        """All frames of the claim were sent; a SYNC follows soon."""
+        """All frames of the claim were sent; a SYNC follows soon. Waits while too much is under way.
+
+        Raises:
+            BmigrateError: why the session is over.
+        """
         now = time.monotonic()
         with self._cond:
             if not self._window.unsynced:
                 self._sync_due = now + SYNC_SECONDS
             self._window.sent(claim)
             self.rate.sent(now)
-            due = self._window.unsynced_bytes >= SYNC_BYTES or now >= self._sync_due
-        if due:
-            self.sync()
+            due = self._window.unsynced_bytes >= self._sync_bytes() or now >= self._sync_due
+            due = due and self._window.syncs_under_way < SYNCS_IN_FLIGHT
+            room = self._has_room()
+        if due or not room:
+            self.flush()
+        if not room:
+            with self._cond:
+                self._wait(self._has_room, ANSWER_SECONDS, "acknowledgement")
+            self.standby_wait_seconds += time.monotonic() - now
 
     def sync(self) -> int:
         """Ask for everything sent so far to be made durable; returns the number of the SYNC."""
@@ -301,7 +329,8 @@ class Session:
         """Ask breqd something; its loss ends the session."""
         self.check()
         try:
-            return call(self.tracker)
+            with self._asking:
+                return call(self.tracker)
         except UnreachableError as error:
             self.fail(error)
             raise

@@ -53,12 +53,26 @@ class SourceVolume:
         try:
             return bytes(self._reader.read(offset, length))
         except OSError as exc:
-            raise RefusedError(
-                f"reading {length} bytes at {offset} of {self.path} failed: {exc.strerror or exc}",
-                volume=self.name,
-                hint="see the kernel log; replace the device or its cable",
-                reason="read_failed",
-            ) from exc
+            raise self._failed(offset, length, exc) from exc
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill a view, aligned in memory to the logical block size, from an offset. For any thread.
+
+        Raises:
+            RefusedError: reason ``read_failed``; the session ends and the blocks stay claimed.
+        """
+        try:
+            blockdev.read_exactly(self.fd, view, offset)
+        except OSError as exc:
+            raise self._failed(offset, len(view), exc) from exc
+
+    def _failed(self, offset: int, length: int, exc: OSError) -> RefusedError:
+        return RefusedError(
+            f"reading {length} bytes at {offset} of {self.path} failed: {exc.strerror or exc}",
+            volume=self.name,
+            hint="see the kernel log; replace the device or its cable",
+            reason="read_failed",
+        )
 
     def close(self) -> None:
         """Close the device."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Extent = tuple[int, int]
+ZERO_WEIGHT = 16
 
 
 @dataclass
@@ -40,6 +41,11 @@ class Claim:
         """Bytes that the claim covers."""
         return sum(length for _, length in self.extents)
 
+    @property
+    def weight_bytes(self) -> int:
+        """What it counts for while it is under way: zeroes cost the link nothing and the standby's disk little."""
+        return self.total_bytes - self.zero_bytes + self.zero_bytes // ZERO_WEIGHT
+
 
 class ProtocolError(Exception):
     """The receiver acknowledged something that was never asked for."""
@@ -63,13 +69,18 @@ class Window:
     def sent(self, claim: Claim) -> None:
         """All frames of the claim were written to the stream."""
         self._unsynced.append(claim)
-        self.in_flight_bytes += claim.total_bytes
+        self.in_flight_bytes += claim.weight_bytes
         self.in_flight_claims += 1
 
     @property
     def unsynced_bytes(self) -> int:
-        """Bytes sent that no SYNC follows yet."""
-        return sum(claim.total_bytes for claim in self._unsynced)
+        """Weight of what was sent and no SYNC follows yet."""
+        return sum(claim.weight_bytes for claim in self._unsynced)
+
+    @property
+    def syncs_under_way(self) -> int:
+        """SYNCs that were sent and not acknowledged."""
+        return self._last_sync - self.last_ack
 
     @property
     def unsynced(self) -> bool:
@@ -107,5 +118,5 @@ class Window:
 
     def released(self, claim: Claim) -> None:
         """breqd has taken the acknowledgement of the claim."""
-        self.in_flight_bytes -= claim.total_bytes
+        self.in_flight_bytes -= claim.weight_bytes
         self.in_flight_claims -= 1

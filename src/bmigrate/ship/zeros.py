@@ -7,14 +7,18 @@ called zero holds zeroes only. It must never call data zero; the other way round
 
 from __future__ import annotations
 
+import functools
+import struct
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 UNIT = 4096
 MIN_RUN_UNITS = 4
 """A shorter run of zeroes inside data is sent as data: two more frames would cost as much."""
 _ZEROES = bytes(UNIT)
-_MANY = bytes(1 << 20)
+_HEAD = "Q4088x"
+_GROUP_UNITS = 256
+Buffer = Union[bytes, bytearray, memoryview]
 
 
 class Part(NamedTuple):
@@ -25,36 +29,52 @@ class Part(NamedTuple):
     zero: bool
 
 
-def is_zero(data: bytes) -> bool:
+def is_zero(data: Buffer) -> bool:
     """Whether the bytes are all zero."""
-    for start in range(0, len(data), len(_MANY)):
-        length = min(len(_MANY), len(data) - start)
-        if not data.startswith(_MANY if length == len(_MANY) else _MANY[:length], start):
-            return False
-    return True
+    return not len(data) or all(_flags(memoryview(data)))
 
 
-def split(data: bytes) -> list[Part]:
-    """Cut a buffer into zero and data parts; the boundaries lie on multiples of UNIT."""
-    if not data:
+def split(data: Buffer) -> list[Part]:
+    """Cut a buffer into zero and data parts; the boundaries lie on multiples of UNIT. Nothing is copied of data."""
+    if not len(data):
         return []
-    if is_zero(data):
-        return [Part(0, len(data), True)]
-    return list(_join(_runs(data), len(data)))
+    flags = _flags(memoryview(data))
+    if True not in flags:
+        return [Part(0, len(data), False)]
+    return list(_join(_runs(flags, len(data)), len(data)))
 
 
-def _runs(data: bytes) -> Iterator[Part]:
+@functools.cache
+def _heads(units: int) -> struct.Struct:
+    return struct.Struct("<" + _HEAD * units)
+
+
+def _flags(view: memoryview) -> list[bool]:
+    """Of each unit, the last may be short: whether it is all zero. Only units that begin with zeroes are looked at."""
+    flags: list[bool] = []
+    whole = len(view) // UNIT
+    for first in range(0, whole, _GROUP_UNITS):
+        units = min(_GROUP_UNITS, whole - first)
+        heads = _heads(units).unpack_from(view, first * UNIT)
+        if 0 not in heads:
+            flags += [False] * units
+            continue
+        for number, head in enumerate(heads, first):
+            flags.append(not head and bytes(view[number * UNIT : (number + 1) * UNIT]) == _ZEROES)
+    if len(view) > whole * UNIT:
+        tail = bytes(view[whole * UNIT :])
+        flags.append(tail == _ZEROES[: len(tail)])
+    return flags
+
+
+def _runs(flags: list[bool], length: int) -> Iterator[Part]:
     """Maximal runs of zero units and of other units, alternating."""
-    start, zero = 0, None
-    for offset in range(0, len(data), UNIT):
-        length = min(UNIT, len(data) - offset)
-        this = data.startswith(_ZEROES if length == UNIT else _ZEROES[:length], offset)
-        if zero is None:
-            zero = this
-        elif this != zero:
-            yield Part(start, offset - start, zero)
-            start, zero = offset, this
-    yield Part(start, len(data) - start, bool(zero))
+    start = 0
+    for number in range(1, len(flags)):
+        if flags[number] != flags[number - 1]:
+            yield Part(start * UNIT, (number - start) * UNIT, flags[start])
+            start = number
+    yield Part(start * UNIT, length - start * UNIT, flags[start])
 
 
 def _join(runs: Iterator[Part], total: int) -> Iterator[Part]:

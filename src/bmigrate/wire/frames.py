@@ -34,6 +34,8 @@ MAX_HASH_BYTES = 64 << 20
 MIN_HASH_CHUNK_BYTES = 4096
 HASH_DIGEST_BYTES = 16
 EXTENT_DIGEST_BYTES = 32
+MAX_EXTENTS = 1022
+"""Most extents of one EXTENTS frame; with header and table the frame is one writev of at most 1024 parts (IOV_MAX)."""
 FIRST_SEQ = 1
 _MAX_U64 = (1 << 64) - 1
 
@@ -58,12 +60,14 @@ class FrameType(enum.IntEnum):
     PONG = 13
     BYE = 14
     ERROR = 15
+    EXTENTS = 16
 
 
 _BOTH = frozenset({FrameType.RESYNC_DONE, FrameType.PING, FrameType.PONG, FrameType.BYE, FrameType.ERROR})
 FROM_SENDER = _BOTH | {
     FrameType.HELLO,
     FrameType.DATA,
+    FrameType.EXTENTS,
     FrameType.ZERO,
     FrameType.SYNC,
     FrameType.HASH,
@@ -160,6 +164,15 @@ class Frame(NamedTuple):
         """The (offset, length) pairs in bytes of a REREAD frame."""
         return list(_EXTENT.iter_unpack(self.payload))
 
+    def parts(self) -> list[tuple[int, memoryview]]:
+        """The (offset in bytes, data) pairs of an EXTENTS frame, ascending; the data is not copied."""
+        table_at = len(self.payload) - self.aux * _EXTENT.size
+        result, at = [], 0
+        for offset, length in _EXTENT.iter_unpack(self.payload[table_at:]):
+            result.append((offset, self.payload[at : at + length]))
+            at += length
+        return result
+
     def chunk_bytes(self) -> int:
         """The chunk size in bytes of a HASH frame."""
         value: int = _CHUNK.unpack(self.payload)[0]
@@ -240,6 +253,13 @@ def _check_shape(head: _Header) -> None:
             raise BadShapeError("DATA frame without data")
         if head.aux:
             raise BadShapeError(f"DATA frame with aux={head.aux}, expected 0")
+    elif head.type is FrameType.EXTENTS:
+        if not 1 <= head.aux <= MAX_EXTENTS or head.offset:
+            raise BadShapeError(
+                f"EXTENTS frame of {head.aux} extents at offset {head.offset}: expected 1 to {MAX_EXTENTS}, and 0"
+            )
+        if length <= head.aux * _EXTENT.size:
+            raise BadShapeError(f"EXTENTS frame of {length} bytes has no room for data and {head.aux} extents")
     elif head.type is FrameType.HASH:
         if length != _CHUNK.size or not 0 < head.aux <= MAX_HASH_BYTES:
             raise BadShapeError(
@@ -267,6 +287,8 @@ def _check_payload(frame: Frame) -> None:
                 f"HASH frame with chunks of {chunk} bytes: expected a power of two from "
                 f"{MIN_HASH_CHUNK_BYTES} to {MAX_PAYLOAD_BYTES}"
             )
+    elif frame.type is FrameType.EXTENTS:
+        _check_table(frame)
     elif frame.type is FrameType.REREAD:
         total = 0
         for offset, length in frame.extents():
@@ -276,6 +298,19 @@ def _check_payload(frame: Frame) -> None:
                     f"REREAD frame with the extent ({offset}, {length}): lengths must be above 0 "
                     f"and at most {MAX_HASH_BYTES} bytes together"
                 )
+
+
+def _check_table(frame: Frame) -> None:
+    """The extents must ascend without overlap and cover the data exactly: no byte lands twice, none is left over."""
+    data_bytes = len(frame.payload) - frame.aux * _EXTENT.size
+    end = total = 0
+    for offset, length in _EXTENT.iter_unpack(frame.payload[data_bytes:]):
+        if length == 0 or offset < end or offset + length > _MAX_U64:
+            raise BadShapeError(f"EXTENTS frame with the extent ({offset}, {length}) after byte {end}")
+        end = offset + length
+        total += length
+    if total != data_bytes:
+        raise BadShapeError(f"EXTENTS frame with {data_bytes} bytes of data for extents of {total} bytes")
 
 
 class FrameWriter:
@@ -321,6 +356,45 @@ class FrameWriter:
         )
         self.next_seq += 1
         return raw, view
+
+    def encode_extents(self, volume: int, parts: list[tuple[int, memoryview]]) -> list[Buffer]:
+        """Encode one EXTENTS frame without copying data.
+
+        Args:
+            volume: index of the volume in WELCOME.
+            parts: (offset in bytes, data), ascending and without overlap; must not change before they are sent.
+
+        Returns: the buffers to send, in this order, in one writev.
+        Raises: TooLongError, BadShapeError for a frame that no reader would accept; no number is used up then.
+        """
+        end = 0
+        for offset, data in parts:
+            if offset < end or not len(data) or offset + len(data) > _MAX_U64:
+                raise BadShapeError(f"EXTENTS frame with the extent ({offset}, {len(data)}) after byte {end}")
+            end = offset + len(data)
+        table = encode_extents([(offset, len(data)) for offset, data in parts])
+        crc, length = 0, len(table)
+        for _, data in parts:
+            crc = zlib.crc32(data, crc)
+            length += len(data)
+        if length > MAX_PAYLOAD_BYTES:
+            raise TooLongError(f"EXTENTS frame with {length} bytes of payload, the limit is {MAX_PAYLOAD_BYTES}")
+        head = _Header(
+            FrameType.EXTENTS, volume, self.epoch, self.next_seq, 0, len(parts), length, zlib.crc32(table, crc)
+        )
+        _check_shape(head)
+        raw = encode_header(
+            FrameType.EXTENTS,
+            volume=volume,
+            epoch=self.epoch,
+            seq=head.seq,
+            offset=0,
+            aux=head.aux,
+            length=length,
+            payload_crc32=head.payload_crc32,
+        )
+        self.next_seq += 1
+        return [raw, *(data for _, data in parts), table]
 
 
 class FrameReader:
