@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 from pathlib import Path
 
 from lab import Lab
+from tests.bench.figures import spread
 from tests.vm.kernel_bench import DIRECTORY, DISK, PYTHON, ROOT, Bench
 
 FIO = (
@@ -60,12 +60,6 @@ class Rounds:
         if len(said) != 2 or int(said[1]) < rate:
             raise SystemExit(f"the reader saw {said}: these rounds were not tracked")
         return rate
-
-
-def spread(ratios: list[float]) -> str:
-    """Median, quartiles and extremes of ratios."""
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"median {middle:.3f}, quartiles {low:.3f} to {high:.3f}, {min(ratios):.3f} to {max(ratios):.3f}"
 
 
 def main() -> int:

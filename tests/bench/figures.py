@@ -131,3 +131,9 @@ def plot(title: str, panels: Sequence[Panel]) -> str:
         f'<rect width="860" height="{y}" fill="#ffffff"/>\n'
         f'<text x="16" y="24" font-size="15">{escape(title)}</text>\n' + "\n".join(body) + "\n</svg>\n"
     )
+
+
+def spread(ratios: list[float]) -> str:
+    """Median, quartiles and extremes of ratios."""
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"median {middle:.3f}, quartiles {low:.3f} to {high:.3f}, {min(ratios):.3f} to {max(ratios):.3f}"

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How fast a seed is, against the plain pipe that it replaces: ``dd | ssh 'dd of='``.
+
+Native, on this machine, through a real sshd on the loopback interface: the shipping daemon, the receiver and hold are
+the real processes; files in memory stand for the disks, so that the data path is what is measured; breqd's place
+is taken by its own maps and leases behind its socket. Both sides are timed from before the connection to
+the last byte flushed. In alternating rounds; a ratio is the bare time over the shipped time of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from bmigrate.common import rpc
+from bmigrate.common.errors import BmigrateError
+from tests import sshd
+from tests.bench.figures import spread
+from tests.unit.ship_world import World
+from tests.unit.standby_host import EDGE
+
+MIB = 1 << 20
+LIMIT_SECONDS = 600.0
+
+
+def fill(path: Path, size: int, kind: str) -> None:
+    """A file of random bytes, of text that compresses, or of zeroes."""
+    with open(path, "wb") as stream:
+        if kind == "zero":
+            stream.truncate(size)
+            return
+        for number in range(size // MIB):
+            if kind == "random":
+                stream.write(os.urandom(MIB))
+            else:
+                line = b"".join(b"row %08d of table accounts, balance %06d\n" % (number, at) for at in range(2000))
+                stream.write((line * (MIB // len(line) + 1))[:MIB])
+
+
+class _World(World):
+    """Filled by the benchmark, and without the program in place of ssh."""
+
+    def _fill(self, path: Path, size: int) -> None:
+        path.touch()
+
+    def _write_ssh(self) -> None:
+        assert not self.ssh.exists()
+
+
+class Bench:
+    """Two hosts in one directory with a real sshd between them."""
+
+    def __init__(self, directory: Path, size: int, kind: str, monkeypatch: pytest.MonkeyPatch, extra: str) -> None:
+        self.size = size
+        self.world = _World(directory, monkeypatch, {"data": size})
+        self.extra = extra
+        fill(self.world.source(), size, kind)
+        self.server = sshd.Sshd(directory / "sshd")
+        keys = directory / "alpha" / "etc" / "keys"
+        (keys / "wl").unlink()
+        sshd.make_key(keys / "wl")
+        sshd.make_key(directory / "plain")
+        self.plain = directory / "plain"
+        environment = {k: v for k, v in self.world.beta.environment.items() if k.startswith(("BMIGRATE", "PYTHON"))}
+        receiver = directory / "receiver"
+        receiver.write_text(
+            "#!/bin/sh\nexec env "
+            + " ".join(f"'{key}={value}'" for key, value in environment.items())
+            + f" {sys.executable} {EDGE} breceive --workload wl\n"
+        )
+        receiver.chmod(0o755)
+        self.server.authorize(keys / "wl.pub", str(receiver))
+        self.server.authorize(self.plain.with_suffix(".pub"))
+        self.known = directory / "known_hosts"
+        self.known.write_text(self.server.known_host())
+
+    def shipped(self) -> float:
+        """Seconds for a seed."""
+        world = self.world
+        world.role("primary", shipping=False)
+        with world.breqd.lock:
+            for key in world.breqd.items:
+                world.breqd.maps.mark_all(key, time.monotonic())
+            world.breqd.seeds += 1
+        process = world.daemon()
+        config = world.directory / "alpha" / "etc" / "wl.yml"
+        config.write_text(
+            config.read_text().replace("address: 10.77.0.2", f"address: 127.0.0.1, port: {self.server.port}")
+            + self.extra
+        )
+        from bmigrate.common import paths
+
+        paths.known_hosts_file("wl").parent.mkdir(parents=True, exist_ok=True)
+        paths.known_hosts_file("wl").write_text(self.server.known_host())
+        self._until("idle")
+        rpc.call(paths.ship_socket(), "reload", 30.0)
+        world.role("primary", shipping=True)
+        began = time.monotonic()
+        rpc.call(paths.ship_socket(), "reload", 30.0)
+        self._until("in_step")
+        seconds = time.monotonic() - began
+        process.terminate()
+        process.wait()
+        if not subprocess.run(["cmp", "-s", str(world.source()), str(world.replica())], check=False).returncode == 0:
+            raise SystemExit("the replica differs")
+        return seconds
+
+    def _until(self, *states: str) -> None:
+        from bmigrate.common import paths
+
+        deadline = time.monotonic() + LIMIT_SECONDS
+        said: object = None
+        while time.monotonic() < deadline:
+            try:
+                said = rpc.call(paths.ship_socket(), "status", 30.0)["workloads"]
+                if isinstance(said, list) and said and said[0]["state"] in states:
+                    return
+            except BmigrateError as error:
+                said = error
+            time.sleep(0.005)
+        raise SystemExit(f"never {states}: {said}")
+
+    def ssh(self) -> str:
+        """The bare client, with nothing of this machine's configuration."""
+        return (
+            f"ssh -F /dev/null -T -a -x -o BatchMode=yes -o IdentityAgent=none -o Compression=no -i {self.plain} "
+            f"-o UserKnownHostsFile={self.known} -o StrictHostKeyChecking=yes -p {self.server.port} root@127.0.0.1"
+        )
+
+    def bare(self) -> float:
+        """Seconds for the plain pipe."""
+        target = self.world.directory / "bare"
+        command = (
+            f"dd if={self.world.source()} bs=1M status=none | {self.ssh()} "
+            f"'dd of={target} bs=1M iflag=fullblock conv=fdatasync status=none'"
+        )
+        began = time.monotonic()
+        subprocess.run(command, shell=True, check=True)
+        seconds = time.monotonic() - began
+        target.unlink()
+        return seconds
+
+    def close(self) -> None:
+        """End everything."""
+        self.server.close()
+        self.world.close()
+
+
+def measure(directory: Path, size: int, kind: str, pairs: int, extra: str = "") -> dict[str, object]:
+    """Ratios of one kind of data."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        bench = Bench(directory, size, kind, monkeypatch, extra)
+        try:
+            bench.bare()
+            shipped, bare = [], []
+            for number in range(pairs):
+                steps = [(shipped, bench.shipped), (bare, bench.bare)]
+                for into, step in steps if number % 2 else reversed(steps):
+                    into.append(step())
+        finally:
+            bench.close()
+    return {
+        "kind": kind,
+        "size_bytes": size,
+        "ratios": [b / s for s, b in zip(shipped, bare)],
+        "shipped_bytes_per_second": [size / s for s in shipped],
+        "bare_bytes_per_second": [size / b for b in bare],
+    }
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python3 -m tests.bench.shipping", description=__doc__)
+    parser.add_argument("--pairs", type=int, default=5, help="rounds of each side (%(default)s)")
+    parser.add_argument("--mib", type=int, default=2048, help="size of the volume in MiB (%(default)s)")
+    parser.add_argument("--kind", choices=("random", "text", "zero"), default="random", help="data (%(default)s)")
+    parser.add_argument("--extra", default="", help="more lines of the workload's configuration")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    if arguments.pairs < 2:
+        parser.error("at least 2 pairs")
+    directory = Path(tempfile.mkdtemp(prefix="bmigrate-bench-", dir="/dev/shm"))
+    try:
+        result = measure(directory, arguments.mib * MIB, arguments.kind, arguments.pairs, arguments.extra)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    if arguments.json:
+        print(json.dumps(result))
+        return 0
+    for name in ("shipped", "bare"):
+        rates = [rate / MIB for rate in result[f"{name}_bytes_per_second"]]  # type: ignore[attr-defined]
+        print(f"{name}: {' '.join(f'{rate:.0f}' for rate in rates)} MiB/s")
+    print(f"shipped / bare: {spread(result['ratios'])}")  # type: ignore[arg-type]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
