@@ -10,7 +10,7 @@ export PYTHONPATH := src:.
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint truth bench lab-up lab-down test-unit test-vm test-kernels test-ansible test-mutants test-debug-kernel bench-kernel module clean
+.PHONY: help setup demo test lint truth bench lab-up lab-down test-unit test-vm test-kernels test-ansible test-mutants test-fuzz test-debug-kernel bench-kernel module clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ test-ansible: setup ## playbooks, molecule and ansible-runner on the lab's guest
 test-debug-kernel: setup ## truth, bad input and storms on a kernel that checks itself (KASAN, lockdep, kmemleak)
 	$(PY) -m lab.debugkernel
 	$(PYTEST) --durations=0 --tb=short tests/debug_kernel
+
+test-fuzz: setup ## a million hostile frames against the receiver
+	$(PY) -m tests.fuzz
 
 test-mutants: setup ## sabotage the programs on purpose and show which test notices
 	$(PY) -m tests.mutants

@@ -161,7 +161,8 @@ def measure(directory: Path, size: int, kind: str, pairs: int, extra: str = "") 
         bench = Bench(directory, size, kind, monkeypatch, extra)
         try:
             bench.bare()
-            shipped, bare = [], []
+            shipped: list[float] = []
+            bare: list[float] = []
             for number in range(pairs):
                 steps = [(shipped, bench.shipped), (bare, bench.bare)]
                 for into, step in steps if number % 2 else reversed(steps):

@@ -192,10 +192,22 @@ def test_an_old_epoch_a_wrong_number_a_long_or_a_damaged_frame(
 def test_a_wrong_version_is_told_apart(host: StandbyHost) -> None:
     sender = host.sender()
     hello = greeting.Hello(
-        "wl", "alpha", GENERATION, "b" * 32, "c" * 32, [greeting.HelloVolume("data", SIZE, 512, 4096)], v=2
-    )
+        "wl", "alpha", GENERATION, "b" * 32, "c" * 32, [greeting.HelloVolume("data", SIZE, 512, 4096)],
+        v=frames.VERSION + 2, v_min=frames.VERSION + 1,
+    )  # fmt: skip
     sender.send(FrameType.HELLO, payload=greeting.encode(hello))
     ends_with(sender, "wrong_version")
+
+
+@pytest.mark.parametrize("highest", [1, frames.VERSION, frames.VERSION + 5])
+def test_a_session_is_of_the_newest_version_that_both_speak(host: StandbyHost, highest: int) -> None:
+    sender = host.session(v=highest)
+    assert sender.welcome is not None and sender.welcome.v == min(highest, frames.VERSION)
+    sender.send(FrameType.EXTENTS, **extents((4 * MIB, b"x" * 512)))
+    if highest == 1:
+        ends_with(sender, "bad_type")
+    else:
+        ack(sender, 1)
 
 
 def test_truncated_in_a_frame(host: StandbyHost) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 from bmigrate.common import rpc
 from bmigrate.common.config import Limits
 from bmigrate.common.errors import PhaseError, RefusedError, SuspectError
+from bmigrate.ship import handshake
 from bmigrate.ship.jobs import Job
 from tests.unit.ship_world import GRANULE, World
 from tests.unit.standby_host import MIB, wait
@@ -431,3 +433,19 @@ def test_a_reverted_standby_is_compared(world: World) -> None:
     wait(lambda: world.breqd.items["wl", "data"].record.resyncs >= 1, "a resync")
     world.until(engine, "in_step")
     world.check_equal()
+
+
+def test_an_older_standby_gets_frames_that_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session of version 1: every extent travels in a frame of its own, and nothing else differs."""
+    greeting = handshake.greeting
+    monkeypatch.setattr(handshake, "greeting", lambda *given: dataclasses.replace(greeting(*given), v=1))
+    world = World(tmp_path, monkeypatch)
+    try:
+        engine = world.engine()
+        world.until(engine, "in_step")
+        for number in range(40):
+            world.write(number * 16384, os.urandom(4096))
+        world.drain(engine)
+        world.check_equal()
+    finally:
+        world.close()

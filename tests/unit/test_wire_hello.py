@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bmigrate.wire import frames
 from bmigrate.wire import hello as greeting
 from bmigrate.wire.hello import Hello, HelloError, VersionError
 
@@ -79,10 +80,10 @@ def test_a_wrong_field_is_named(path: tuple[Any, ...], value: Any, named: str) -
         greeting.decode_hello(put(HELLO.to_dict(), path, value))
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", True, 1.5])
+@pytest.mark.parametrize("version", [0, 3, "1", True, 1.5, 1001, [2]])
 def test_another_version_is_told_apart_from_damage(version: Any) -> None:
     with pytest.raises(VersionError, match="version"):
-        greeting.decode_hello(put(HELLO.to_dict(), ("v",), version))
+        greeting.decode_hello(json.dumps({**HELLO.to_dict(), "v": version, "v_min": version}).encode())
     with pytest.raises(VersionError):
         greeting.decode_welcome(put(WELCOME.to_dict(), ("v",), version))
 
@@ -117,3 +118,31 @@ def test_any_object_is_decoded_or_refused(fields: dict[str, Any]) -> None:
     except HelloError:
         return
     assert isinstance(decoded.volumes[0].size_bytes, int)
+
+
+@given(st.integers(1, 9), st.integers(0, 9))
+def test_the_newest_common_version_is_agreed_on(low: int, more: int) -> None:
+    high = low + more
+    common = set(range(low, high + 1)) & set(range(frames.MIN_VERSION, frames.VERSION + 1))
+    if common:
+        assert greeting.agree(low, high) == max(common)
+    else:
+        with pytest.raises(VersionError, match=f"{low} to {high}"):
+            greeting.agree(low, high)
+
+
+def test_an_older_peer_without_a_range_speaks_one_version() -> None:
+    old = {key: value for key, value in HELLO.to_dict().items() if key != "v_min"}
+    assert greeting.decode_hello({**old, "v": 1}).version == 1
+
+
+def test_only_a_newer_peer_may_say_more_than_is_known() -> None:
+    """Also within its volumes; what it says must be right all the same, and the rest is dropped."""
+    volume = {**HELLO.to_dict()["volumes"][0], "later": 1}
+    more = {**HELLO.to_dict(), "later": {"a": 1}, "volumes": [volume]}
+    with pytest.raises(HelloError, match="unknown field"):
+        greeting.decode_hello(more)
+    newer = greeting.decode_hello({**more, "v": frames.VERSION + 1})
+    assert newer.version == frames.VERSION and newer.volumes == HELLO.volumes
+    with pytest.raises(HelloError, match="host"):
+        greeting.decode_hello({**more, "v": frames.VERSION + 1, "host": 5})

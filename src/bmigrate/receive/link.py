@@ -18,7 +18,16 @@ import threading
 import time
 
 from bmigrate.common.errors import BmigrateError, UnreachableError
-from bmigrate.wire.frames import FROM_SENDER, MAX_PAYLOAD_BYTES, Buffer, Frame, FrameReader, FrameType, FrameWriter
+from bmigrate.wire.frames import (
+    FROM_SENDER,
+    MAX_PAYLOAD_BYTES,
+    Buffer,
+    Frame,
+    FrameReader,
+    FrameType,
+    FrameWriter,
+    from_sender,
+)
 
 _F_SETPIPE_SZ = 1031
 _PIPE_BYTES = 1 << 20
@@ -58,8 +67,9 @@ class Link:
         self._failure = error
         os.write(self._wake_write, b"x")
 
-    def start_session(self, epoch: int, hold_fd: int, silence_seconds: float) -> None:
-        """From now on frames carry `epoch`, and the end of `hold_fd` ends the session."""
+    def start_session(self, epoch: int, hold_fd: int, silence_seconds: float, version: int) -> None:
+        """From now on frames carry `epoch` and are of `version`, and the end of `hold_fd` ends the session."""
+        self.reader.allowed = from_sender(version)
         self.reader.epoch = self.writer.epoch = epoch
         self._hold = hold_fd
         self.silence_seconds = silence_seconds

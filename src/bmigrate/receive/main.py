@@ -140,7 +140,7 @@ def serve(link: Link, workload: str) -> str:
                 place = grant["volumes"][volume.name]
                 volumes.append(StandbyVolume(volume.name, place["device"], place["number"], volume.size_bytes))
             acks = AckFile(workload, grant["epoch"], grant["session_id"], hello.generation.id)
-            link.start_session(grant["epoch"], lifeline, grant["silence_seconds"])
+            link.start_session(grant["epoch"], lifeline, grant["silence_seconds"], hello.version)
             link.send(FrameType.WELCOME, payload=greeting.encode(_welcome(hello, grant)))
             log.info(
                 "workload %s: session %s of epoch %d with %s, process %d",
@@ -170,6 +170,7 @@ def _welcome(hello: greeting.Hello, grant: dict[str, Any]) -> greeting.Welcome:
         host=grant["host"],
         boot_id=grant["boot_id"],
         silence_seconds=grant["silence_seconds"],
+        v=hello.version,
         volumes=[
             greeting.WelcomeVolume(
                 volume.name,

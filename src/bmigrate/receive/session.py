@@ -57,26 +57,38 @@ class Session:
         Raises:
             FrameError, BmigrateError: the session is over and nothing after the last ACK may be believed.
         """
-        self._flusher.start()
+        self.begin()
         try:
-            return self._handle()
+            while True:
+                frame = self._link.receive()
+                if frame is None:
+                    return "the sender closed the connection"
+                if frame.type is FrameType.BYE:
+                    self._link.send(FrameType.BYE)
+                    return "the sender said goodbye"
+                self.handle(frame)
         finally:
-            # Before the files are closed: a flush that is under way must not end in another file's descriptor.
-            self._flusher.stop()
+            self.end()
 
-    def _handle(self) -> str:
-        while True:
-            frame = self._link.receive()
-            if frame is None:
-                return "the sender closed the connection"
-            if frame.type is FrameType.BYE:
-                self._link.send(FrameType.BYE)
-                return "the sender said goodbye"
-            handler = self._handlers.get(frame.type)
-            if handler is None:
-                raise RefusedError(f"{frame.type.name} frame in the middle of a session", reason="bad_type")
-            faults.point("receive.frame")
-            handler(frame)
+    def begin(self) -> None:
+        """Start what answers SYNC."""
+        self._flusher.start()
+
+    def end(self) -> None:
+        """No ACK leaves after this; due before the volumes and the note are closed, which a flush may be using."""
+        self._flusher.stop()
+
+    def handle(self, frame: Frame) -> None:
+        """Do what one frame asks for.
+
+        Raises:
+            FrameError, BmigrateError: the session is over.
+        """
+        handler = self._handlers.get(frame.type)
+        if handler is None:
+            raise RefusedError(f"{frame.type.name} frame in the middle of a session", reason="bad_type")
+        faults.point("receive.frame")
+        handler(frame)
 
     def _volume(self, frame: Frame) -> StandbyVolume:
         if frame.volume >= len(self._volumes):

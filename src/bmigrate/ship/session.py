@@ -58,7 +58,7 @@ class Session:
     """An open session. Create with ``Session.open``; ``close`` is due whatever happens.
 
     Attributes:
-        epoch, session_id: of the lease. volumes: in the order of the configuration.
+        epoch, session_id: of the lease. version: of the protocol. volumes: in the configured order.
         standby_suspects: volume -> why the standby distrusts its copy, as of WELCOME.
         rate: the ship rate, fed by the acknowledgements.
     """
@@ -69,6 +69,7 @@ class Session:
         self.rate = rate
         self.epoch = 0
         self.session_id = ""
+        self.version = frames.VERSION
         self.incarnation = ""
         self.volumes: list[SourceVolume] = []
         self.standby_suspects: dict[str, str] = {}
@@ -135,7 +136,7 @@ class Session:
         self._link = Link(transport.open(self.config), self.config.peer.name)
         greeting = handshake.greeting(self.config, generation, self.record, snapshot, self.volumes)
         welcome = handshake.shake_hands(self._link, greeting, self.volumes)
-        self.epoch, self.session_id = welcome.epoch, welcome.session_id
+        self.epoch, self.session_id, self.version = welcome.epoch, welcome.session_id, welcome.v
         self.standby_suspects = {item.name: item.suspect for item in welcome.volumes if item.suspect}
         self._silence_seconds = welcome.silence_seconds
 
@@ -238,10 +239,11 @@ class Session:
         self.check()
         assert self._link is not None
         try:
-            if len(parts) == 1:
-                self._link.send(FrameType.DATA, volume=volume.index, offset=parts[0][0], payload=parts[0][1])
-            else:
+            if len(parts) > 1 and self.version >= 2:
                 self._link.send_extents(volume.index, parts)
+                return
+            for offset, data in parts:
+                self._link.send(FrameType.DATA, volume=volume.index, offset=offset, payload=data)
         except StreamEnded as exc:
             raise self._lost() from exc
 

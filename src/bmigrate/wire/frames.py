@@ -20,7 +20,9 @@ from collections.abc import Iterator
 from typing import NamedTuple, Union
 
 MAGIC = 0x31474D42  # "BMG1", little-endian
-VERSION = 1
+VERSION = 2
+"""The newest version of the protocol that this host speaks; 2 has EXTENTS frames. HELLO and WELCOME agree on one."""
+MIN_VERSION = 1
 HEADER = struct.Struct("<IBBHQQQQIIII")
 HEADER_BYTES = 56
 _HEADER_CRC = struct.Struct("<I")
@@ -74,6 +76,14 @@ FROM_SENDER = _BOTH | {
     FrameType.REREAD,
 }
 FROM_RECEIVER = _BOTH | {FrameType.WELCOME, FrameType.ACK, FrameType.HASHES, FrameType.DIGESTS}
+
+_SINCE_VERSION_2 = frozenset({FrameType.EXTENTS})
+
+
+def from_sender(version: int) -> frozenset[FrameType]:
+    """The types that a sender may use in a session of this version."""
+    return FROM_SENDER if version >= 2 else FROM_SENDER - _SINCE_VERSION_2
+
 
 _JSON_TYPES = frozenset({FrameType.HELLO, FrameType.WELCOME, FrameType.ERROR})
 _EMPTY_TYPES = frozenset(
@@ -407,7 +417,7 @@ class FrameReader:
 
     `epoch`: the epoch that every frame must carry, or None while it is not known yet (the sender's
     side before WELCOME). The receiver begins with 0 and sets it when hold has granted one.
-    `allowed`: the types of this direction, FROM_SENDER or FROM_RECEIVER.
+    `allowed`: the types of this direction, FROM_SENDER or FROM_RECEIVER; fewer once an older version was agreed on.
     """
 
     def __init__(
@@ -415,7 +425,7 @@ class FrameReader:
     ) -> None:
         self.epoch = epoch
         self.last_seq = FIRST_SEQ - 1
-        self._allowed = allowed
+        self.allowed = allowed
         self._buffer = (memoryview(bytearray(MAX_PAYLOAD_BYTES)) if buffer is None else buffer).cast("B")
         if len(self._buffer) < MAX_PAYLOAD_BYTES or self._buffer.readonly:
             raise ValueError(f"the buffer must be writable and hold {MAX_PAYLOAD_BYTES} bytes")
@@ -493,7 +503,7 @@ class FrameReader:
 
     def _accept_header(self) -> _Header:
         head = _decode_header(self._head_raw)
-        if head.type not in self._allowed:
+        if head.type not in self.allowed:
             raise BadTypeError(f"{head.type.name} frame in a direction that never carries it")
         _check_shape(head)
         if head.seq != self.last_seq + 1:

@@ -2,8 +2,8 @@
 """HELLO, WELCOME and ERROR: the JSON payloads that open and end a session.
 
 It promises that what it hands out has every field, of the right type and within limits, and that
-anything else is a `HelloError` naming the field. Unknown fields are refused: a peer that says more
-than this version understands is another version. Pure; it must never look at the host it runs on.
+anything else is a `HelloError` naming the field. Unknown fields are refused, but for those of a peer that is
+newer than this host and still speaks a version known here. Pure; it must never look at the host it runs on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bmigrate.wire.frames import VERSION, FrameError
+from bmigrate.wire.frames import MIN_VERSION, VERSION, FrameError
 
 MAX_VOLUMES = 16
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,30}\Z")
@@ -35,6 +35,20 @@ class VersionError(HelloError):
     """The peer speaks another version of the protocol."""
 
     reason = "wrong_version"
+
+
+def agree(lowest: int, highest: int) -> int:
+    """The newest version that both a peer of versions ``lowest`` to ``highest`` and this host speak.
+
+    Raises: VersionError.
+    """
+    version = min(highest, VERSION)
+    if version < max(lowest, MIN_VERSION):
+        raise VersionError(
+            f"the peer speaks protocol versions {lowest} to {highest}, this host {MIN_VERSION} to {VERSION}; "
+            "install the same release on both hosts"
+        )
+    return version
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,7 @@ class Hello:
 
     `incarnation` is that of its breqd. `highest_epoch` is the highest epoch that breqd has ever
     been told of (0: none): the new one will be above it, also when the standby's notes were lost.
+    `v_min` to `v` are the versions of the protocol that the sender speaks.
     """
 
     workload: str
@@ -81,6 +96,12 @@ class Hello:
     last_session: LastSession | None = None
     highest_epoch: int = 0
     v: int = VERSION
+    v_min: int = MIN_VERSION
+
+    @property
+    def version(self) -> int:
+        """The version of the session. Raises: VersionError."""
+        return agree(self.v_min, self.v)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object, as it also travels in hold's `register`."""
@@ -100,7 +121,7 @@ class WelcomeVolume:
 
 @dataclass(frozen=True)
 class Welcome:
-    """The receiver's answer: the session is open, the fence of `epoch` is durable."""
+    """The receiver's answer: the session is open, the fence of `epoch` is durable. `v`: version of the session."""
 
     epoch: int
     session_id: str
@@ -127,7 +148,7 @@ def decode_hello(payload: bytes | memoryview | Mapping[str, Any]) -> Hello:
     Raises: VersionError, HelloError.
     """
     data = _Fields("HELLO", payload)
-    data.version()
+    low, high = data.versions()
     generation = data.child("generation")
     last = data.child("last_session", optional=True)
     volumes = []
@@ -152,6 +173,8 @@ def decode_hello(payload: bytes | memoryview | Mapping[str, Any]) -> Hello:
         if last is None
         else LastSession(last.number("epoch", 1), last.text("session_id", _ID), last.number("ack", 0)),
         highest_epoch=data.number("highest_epoch", 0, default=0),
+        v=high,
+        v_min=low,
     )
     generation.done()
     if last is not None:
@@ -165,7 +188,7 @@ def decode_hello(payload: bytes | memoryview | Mapping[str, Any]) -> Hello:
 def decode_welcome(payload: bytes | memoryview | Mapping[str, Any]) -> Welcome:
     """Take a WELCOME apart. Raises: VersionError, HelloError."""
     data = _Fields("WELCOME", payload)
-    data.version()
+    version = data.version()
     volumes = []
     for item in data.children("volumes"):
         volumes.append(
@@ -185,6 +208,7 @@ def decode_welcome(payload: bytes | memoryview | Mapping[str, Any]) -> Welcome:
         boot_id=data.text("boot_id", _BOOT_ID),
         silence_seconds=data.seconds("silence_seconds"),
         volumes=volumes,
+        v=agree(version, version),
     )
     data.done()
     if [volume.index for volume in volumes] != list(range(len(volumes))):
@@ -214,6 +238,7 @@ class _Fields:
             raise HelloError(f"{where} is a JSON {type(payload).__name__}, expected an object")
         self.all: Mapping[str, Any] = payload
         self._left = set(payload)
+        self._newer = False
 
     def _get(self, name: str, optional: bool = False) -> Any:
         self._left.discard(name)
@@ -222,13 +247,21 @@ class _Fields:
             raise HelloError(f"{self._where}: {name!r} is missing")
         return value
 
-    def version(self) -> None:
-        value = self._get("v")
-        if value != VERSION or isinstance(value, bool):
-            raise VersionError(
-                f"{self._where}: the peer speaks protocol version {value!r}, this host {VERSION}; "
-                "install the same release on both hosts"
-            )
+    def version(self, name: str = "v", default: int | None = None) -> int:
+        value = self._get(name, default is not None)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1000:
+            raise VersionError(f"{self._where}: {name!r} is {value!r:.80}, which is no protocol version")
+        return value
+
+    def versions(self) -> tuple[int, int]:
+        """The lowest and the highest version of the peer; from here on a newer peer may say more than is known."""
+        high = self.version()
+        low = self.version("v_min", high)
+        agree(low, high)
+        self._newer = high > VERSION
+        return low, high
 
     def text(self, name: str, pattern: re.Pattern[str] | None, *, optional: bool = False) -> Any:
         value = self._get(name, optional)
@@ -258,7 +291,7 @@ class _Fields:
             return None
         if not isinstance(value, Mapping):
             raise HelloError(f"{self._where}: {name!r} is no object")
-        return _Fields(f"{self._where}.{name}", value)
+        return self._part(f"{self._where}.{name}", value)
 
     def children(self, name: str) -> list[_Fields]:
         value = self._get(name)
@@ -268,9 +301,14 @@ class _Fields:
         for number, item in enumerate(value):
             if not isinstance(item, Mapping):
                 raise HelloError(f"{self._where}.{name}[{number}] is no object")
-            out.append(_Fields(f"{self._where}.{name}[{number}]", item))
+            out.append(self._part(f"{self._where}.{name}[{number}]", item))
         return out
 
+    def _part(self, where: str, value: Mapping[str, Any]) -> _Fields:
+        part = _Fields(where, value)
+        part._newer = self._newer
+        return part
+
     def done(self) -> None:
-        if self._left:
+        if self._left and not self._newer:
             raise HelloError(f"{self._where}: unknown field {sorted(map(str, self._left))[0]!r}")
