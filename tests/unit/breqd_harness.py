@@ -28,7 +28,7 @@ import numpy as np
 
 from bmigrate.common import rpc
 from bmigrate.kernel import abi, errors
-from bmigrate.kernel.channel import Batch
+from bmigrate.kernel.channel import Batch, ChannelInfo
 from bmigrate.kernel.control import Attachment
 
 GRANULE = 4096
@@ -225,6 +225,7 @@ class RemoteChannel(_Remote):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self.call("open")
+        self.info = ChannelInfo(1, 4096, 1, 16384, 16384)
         self._bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         name = f"{path}.{os.getpid()}"
         self._bell.bind(name)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -291,3 +291,53 @@ def test_large_maps_stay_fast() -> None:
     maps.claim(key, 64 << 20, 0)
     assert time.process_time() - begin < 2.5
     assert len(maps.dirty) % REGION_BYTES == 0
+
+
+@given(st.integers(0, 1 << 32), st.integers(64, 3000), st.integers(1, 20000), st.booleans(), st.integers(1, 3))
+@settings(max_examples=150, deadline=None)
+def test_the_short_way_for_single_blocks_marks_what_the_long_way_marks(
+    seed: int, count: int, spread: int, claims: bool, volumes: int
+) -> None:
+    """Also where bytes and blocks repeat, volumes alternate, and something is claimed or has failed."""
+    random = np.random.default_rng(seed)
+    made = []
+    for _ in range(2):
+        maps = Maps()
+        for key in KEYS[:volumes]:
+            size = -(-blocks_of(key) // 8)
+            maps.add(key, SIZES[key], GRANULE, np.zeros(size, dtype=np.uint8), np.zeros(size, dtype=np.uint8), 0.0)
+        made.append(maps)
+    owner = random.integers(0, volumes, count)
+    starts = np.array([made[0].global_start(KEYS[which]) for which in owner])
+    starts += random.integers(0, spread, count) % np.array([blocks_of(KEYS[which]) for which in owner])
+    early = random.integers(0, count, count // 4)
+    for maps in made:
+        maps.mark(starts[early], starts[early] + 1, 1.0, np.arange(len(early)) % 50 == 49 if claims else None)
+        if claims:
+            for key in KEYS[:volumes]:
+                maps.claim(key, 1 << 30, 0)
+    quick, slow = made
+    quick.mark(starts, starts + 1, 2.0)
+    for start in starts.tolist():
+        slow.mark(np.array([start]), np.array([start + 1]), 2.0)
+    for name in ("dirty", "claimed", "failed"):
+        assert np.array_equal(getattr(quick, name), getattr(slow, name)), name
+    for key in KEYS[:volumes]:
+        one, other = quick.volumes[key], slow.volumes[key]
+        assert np.array_equal(one.mirror, other.mirror) and np.array_equal(one.failed_mirror, other.failed_mirror)
+        assert (one.dirty_blocks, one.redirtied_claimed_blocks) == (other.dirty_blocks, other.redirtied_claimed_blocks)
+        assert quick.oldest(key) == slow.oldest(key)
+
+
+def test_a_few_bytes_hit_again_and_again_are_marked_too() -> None:
+    """The worst case of the short way, which gives up on it: it must not take a round for each record."""
+    maps = Maps()
+    size = -(-blocks_of(KEYS[0]) // 8)
+    mirror = np.zeros(size, dtype=np.uint8)
+    maps.add(KEYS[0], SIZES[KEYS[0]], GRANULE, mirror, np.zeros(size, dtype=np.uint8), 0.0)
+    starts = np.arange(50000) % 11
+    maps.mark(starts, starts + 1, 1.0)
+    assert (
+        maps.volumes[KEYS[0]].dirty_blocks == 11
+        and np.flatnonzero(np.unpackbits(mirror, bitorder="little")).max() == 10
+    )

@@ -33,12 +33,18 @@ ROWS = st.lists(
 )
 
 
-@given(ROWS)
-@settings(max_examples=300, deadline=None)
+PLAIN = st.sampled_from(sorted(VOLUMES)).flatmap(
+    lambda slot: st.lists(st.tuples(SECTOR, COUNT, st.just(slot), st.integers(0, 5), st.just(0)), max_size=40)
+)
+
+
+@given(ROWS | PLAIN)
+@settings(max_examples=600, deadline=None)
 def test_every_written_sector_of_the_volume_is_covered(rows: list[tuple[int, int, int, int, int]]) -> None:
     ranges = table().ranges(batch(rows))
     assert ranges.unknown == []
-    for (sector, count, slot, _, flags), start, end, failed in zip(rows, ranges.starts, ranges.ends, ranges.failed):
+    failures = [False] * len(rows) if ranges.failed is None else ranges.failed
+    for (sector, count, slot, _, flags), start, end, failed in zip(rows, ranges.starts, ranges.ends, failures):
         first, size, granule, base = VOLUMES[slot]
         low = max(sector - first, 0) * 512
         high = min((sector + count - first) * 512, size)
@@ -48,6 +54,13 @@ def test_every_written_sector_of_the_volume_is_covered(rows: list[tuple[int, int
         else:
             assert (start, end) == (base + low // granule, base + -(-high // granule))
     assert ranges.records.sum() == len(rows)
+    for slot, (first, size, _, _) in VOLUMES.items():
+        written = sum(
+            max(0, min(sector + count - first, -(-size // 512)) - max(sector - first, 0))
+            for sector, count, owner, _, _ in rows
+            if owner == slot and sector < 1 << 62
+        )
+        assert ranges.written_bytes[slot] == written * 512
 
 
 def test_the_operation_is_never_a_reason() -> None:

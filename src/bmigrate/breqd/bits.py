@@ -40,12 +40,17 @@ def population(values: Bits) -> int:
     )
 
 
+def population_of_each(values: Bits) -> Bits:
+    """Number of bits set in each byte, as bytes."""
+    return _POPULATION[values]
+
+
 def population_each(values: Bits) -> Positions:
     """Number of bits set in each byte."""
     return _POPULATION[values].astype(np.int64)
 
 
-def _join(index: Positions, mask: Bits) -> tuple[Positions, Bits]:
+def join(index: Positions, mask: Bits) -> tuple[Positions, Bits]:
     """Sort by byte and OR the masks of equal bytes."""
     if len(index) < 2:
         return index, mask
@@ -87,7 +92,7 @@ def explode(starts: Positions, ends: Positions) -> Exploded:
     tail = (0xFF >> (7 - ((ends - 1) & 7))).astype(np.uint8)
     several = last > first
     if not bool(several.any()):
-        return Exploded(*_join(first, head & tail), [])
+        return Exploded(*join(first, head & tail), [])
     index = [first, last[several]]
     mask = [np.where(several, head, head & tail), tail[several]]
     inner = last - first - 1
@@ -101,7 +106,7 @@ def explode(starts: Positions, ends: Positions) -> Exploded:
         begin = np.cumsum(counts) - counts
         index.append(np.repeat(first[short] + 1 - begin, counts) + np.arange(int(counts.sum()), dtype=np.int64))
         mask.append(np.full(len(index[-1]), 0xFF, dtype=np.uint8))
-    return Exploded(*_join(np.concatenate(index), np.concatenate(mask)), slices)
+    return Exploded(*join(np.concatenate(index), np.concatenate(mask)), slices)
 
 
 def runs(positions: Positions) -> tuple[Positions, Positions]:

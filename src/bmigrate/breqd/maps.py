@@ -28,6 +28,10 @@ Key = tuple[str, str]  #: (workload, volume)
 REGION_BYTES = 512
 _MAX_CLAIM_BLOCKS = 1 << 17
 _NEVER = np.inf
+#: Fewer marks of one granule are not worth the short way.
+MIN_SINGLE = 64
+_TABLE = 1 << 18
+_ROUNDS = 6
 
 
 class Claim(NamedTuple):
@@ -91,6 +95,7 @@ class Maps:
 
     def __init__(self) -> None:
         self.volumes: dict[Key, Volume] = {}
+        self._table: Positions = np.zeros(_TABLE, dtype=np.int32)
         self._order: list[Volume] = []
         self._last_claim = 0
         self._allocate(0)
@@ -104,6 +109,7 @@ class Maps:
         self._dirty_since: Any = np.full(size // REGION_BYTES, _NEVER)
         self._claimed_since: Any = np.full(size // REGION_BYTES, _NEVER)
         self._bounds: Positions = np.zeros(0, dtype=np.int64)
+        self._has_failed = False
 
     def _rebuild(self, volumes: list[Volume]) -> None:
         """Lay the volumes out anew, one after the other, and move their bits there."""
@@ -121,6 +127,7 @@ class Maps:
                     new[volume.here] = before[old_slice]
                 for new, before in zip((self._dirty_since, self._claimed_since), old_ages):
                     new[volume.regions] = before[old_regions]
+        self._has_failed = bool(self.failed.any())
         self._order = volumes
         self._bounds = np.array([volume.base for volume in volumes] + [base], dtype=np.int64)
         self.volumes = {volume.key: volume for volume in volumes}
@@ -142,6 +149,7 @@ class Maps:
         here = volume.here
         self.dirty[here] = mirror | failed_mirror
         self.failed[here] = failed_mirror
+        self._has_failed = bool(self.failed.any())
         if volume.blocks % 8:
             self.dirty[here.stop - 1] &= 0xFF >> (8 - volume.blocks % 8)
             self.failed[here.stop - 1] &= 0xFF >> (8 - volume.blocks % 8)
@@ -164,11 +172,14 @@ class Maps:
             now: seconds.
             failed: boolean array, true where the write failed.
         """
-        exploded = bits.explode(starts, ends)
-        for first, last in exploded.slices:
-            self._mark_slice(first, last, now)
-        if len(exploded.index):
-            self._mark_bytes(exploded.index, exploded.mask, now)
+        if len(starts) >= MIN_SINGLE and bool((ends - starts == 1).all()):
+            self._mark_single(starts, now)
+        else:
+            exploded = bits.explode(starts, ends)
+            for first, last in exploded.slices:
+                self._mark_slice(first, last, now)
+            if len(exploded.index):
+                self._mark_bytes(exploded.index, exploded.mask, now)
         if failed is not None and bool(failed.any()):
             self._mark_failed(starts[failed], ends[failed])
 
@@ -202,21 +213,81 @@ class Maps:
         self._recount(volume)
 
     def _mark_bytes(self, index: Positions, mask: Bits, now: float) -> None:
-        before, claimed = self.dirty[index], self.claimed[index]
+        before = self.dirty[index]
         after = before | mask
         # A claimed block that is written goes into `dirty` as well: the shipper may have read it
         # before the write. Leaving it to `claimed` alone would let the acknowledgement of the old
         # content clear it.
         self.dirty[index] = after
-        mirrored = after | claimed | self.failed[index]
-        gained = bits.population_each(after ^ before)
-        again = bits.population_each(mask & claimed & ~before)
+        gained = bits.population_of_each(after ^ before)
+        again = None
+        mirrored = after
+        # Most of the time there is nothing in the other maps; what is not there need not be looked up.
+        if self._claimed_anywhere():
+            claimed = self.claimed[index]
+            mirrored = mirrored | claimed
+            again = bits.population_of_each(mask & claimed & ~before)
+        if self._has_failed:
+            mirrored = mirrored | self.failed[index]
         region = index // REGION_BYTES
-        self._dirty_since[region] = np.minimum(self._dirty_since[region], now)
-        for volume, part in self._split(index):
-            volume.mirror[index[part] - volume.base] = mirrored[part]
-            volume.dirty_blocks += int(gained[part].sum())
-            volume.redirtied_claimed_blocks += int(again[part].sum())
+        young = self._dirty_since[region] > now
+        if bool(young.any()):
+            self._dirty_since[region[young]] = now
+        if len(self._order) == 1:
+            volume = self._order[0]
+            volume.mirror[index - volume.base] = mirrored
+            volume.dirty_blocks += int(gained.sum(dtype=np.int64))
+            if again is not None:
+                volume.redirtied_claimed_blocks += int(again.sum(dtype=np.int64))
+            return
+        self._tell_each(index, mirrored, gained, again)
+
+    def _tell_each(self, index: Positions, mirrored: Bits, gained: Bits, again: Bits | None) -> None:
+        """Mirrors and counts of each volume touched, with one sort for all of them and little for each."""
+        owner: Positions = np.searchsorted(self._bounds, index, side="right") - 1
+        if not bool((owner[1:] >= owner[:-1]).all()):
+            order = np.argsort(owner.astype(np.uint16), kind="stable")
+            index, mirrored, gained, owner = index[order], mirrored[order], gained[order], owner[order]
+            again = again[order] if again is not None else None
+        local = index - self._bounds[owner]
+        first = np.flatnonzero(np.concatenate((np.array([True]), owner[1:] != owner[:-1])))
+        fresh = np.add.reduceat(gained, first, dtype=np.int64).tolist()
+        twice = np.add.reduceat(again, first, dtype=np.int64).tolist() if again is not None else [0] * len(fresh)
+        cuts = [*first.tolist(), len(index)]
+        for at, number in enumerate(owner[first].tolist()):
+            volume, here = self._order[number], slice(cuts[at], cuts[at + 1])
+            volume.mirror[local[here]] = mirrored[here]
+            volume.dirty_blocks += fresh[at]
+            volume.redirtied_claimed_blocks += twice[at]
+
+    def _claimed_anywhere(self) -> bool:
+        return any(volume.claimed_blocks for volume in self._order)
+
+    def _mark_single(self, positions: Positions, now: float) -> None:
+        """Many ranges of one granule each, without a sort: rounds in which every byte occurs once at most.
+
+        Reading, changing and writing back a byte that occurs twice would lose one of its bits; so each round takes of
+        the bytes that share a place in a small table the one that came last, and leaves the others to
+        the next. A batch that keeps hitting the same few bytes is sorted instead.
+        """
+        index, bit = positions >> 3, (positions & 7).astype(np.uint8)
+        mask = np.left_shift(np.uint8(1), bit)
+        for _ in range(_ROUNDS):
+            if len(index) < MIN_SINGLE:
+                break
+            place = index & (_TABLE - 1)
+            number = np.arange(len(index), dtype=np.int32)
+            self._table[place] = number
+            alone = self._table[place] == number
+            self._mark_bytes(index[alone], mask[alone], now)
+            np.logical_not(alone, out=alone)
+            if not bool(alone.any()):
+                return
+            before = len(index)
+            index, mask = index[alone], mask[alone]
+            if len(index) > before // 2:
+                break
+        self._mark_bytes(*bits.join(index, mask), now)
 
     def _mark_slice(self, first: int, last: int, now: float) -> None:
         for volume in self._order:
@@ -240,6 +311,7 @@ class Maps:
         self._set_failed(exploded.index, exploded.mask)
 
     def _set_failed(self, index: Positions, mask: Bits) -> None:
+        self._has_failed = True
         self.failed[index] |= mask
         for volume, part in self._split(index):
             volume.failed_mirror[index[part] - volume.base] = self.failed[index[part]]

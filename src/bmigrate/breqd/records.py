@@ -19,6 +19,8 @@ from bmigrate.kernel import abi
 SECTOR = 512
 RECORD = np.dtype(abi.RECORD_FIELDS)
 _FAR = np.uint64(1 << 62)
+_LOW = np.uint64(0xFFFFFFFF)
+_WORDS = np.dtype([("sector", "<u8"), ("meta", "<u8")])
 
 
 class Ranges(NamedTuple):
@@ -26,6 +28,7 @@ class Ranges(NamedTuple):
 
     starts: Positions
     ends: Positions
+    #: boolean array, or None when no write of the batch failed
     failed: Any
     records: Positions
     written_bytes: Positions
@@ -68,6 +71,9 @@ class Slots:
         Args:
             records: structured array of RECORD.
         """
+        quick = self._one_slot(records)
+        if quick is not None:
+            return quick
         slot = records["slot"].astype(np.int64)
         known = slot < abi.MAX_SLOTS
         known[known] = self._known[slot[known]]
@@ -92,9 +98,49 @@ class Slots:
         return Ranges(
             starts,
             ends,
-            (flags & abi.FLAG_FAILED) != 0,
+            (flags & abi.FLAG_FAILED) != 0 if bool((flags & abi.FLAG_FAILED).any()) else None,
             np.bincount(slot, minlength=count),
             np.bincount(slot, weights=size, minlength=count).astype(np.int64),
             np.bincount(slot[widened], weights=size[widened], minlength=count).astype(np.int64),
             unknown,
         )
+
+    def _one_slot(self, records: Any) -> Ranges | None:
+        """The same for a batch of one known slot, none of it failed or widened: the usual case, in whole-array steps.
+
+        A record is read as two numbers of 64 bits; see abi.RECORD_FIELDS.
+        """
+        if not len(records):
+            return None
+        words = np.ascontiguousarray(records).view(_WORDS)
+        meta = words["meta"]
+        together = int(np.bitwise_or.reduce(meta))
+        slot = (int(meta[0]) >> 32) & 0xFFFF
+        if (
+            together >> 56
+            or (together >> 32) & 0xFFFF != slot
+            or int(np.bitwise_and.reduce(meta)) >> 32 & 0xFFFF != slot
+        ):
+            return None
+        if slot >= abi.MAX_SLOTS or not self._known[slot]:
+            return None
+        limit, shift, base = int(self._sectors[slot]), int(self._shift[slot]), int(self._base[slot])
+        begin = np.minimum(words["sector"], _FAR).view(np.int64) - int(self._start[slot])
+        end = begin + (meta & _LOW).view(np.int64)
+        if int(begin.min()) < 0 or int(end.max()) > limit:
+            np.clip(begin, 0, limit, out=begin)
+            np.clip(end, 0, limit, out=end)
+        sizes = end - begin
+        empty = int(sizes.min()) <= 0
+        if empty:
+            np.maximum(sizes, 0, out=sizes)
+        begin >>= shift
+        begin += base
+        end += (1 << shift) - 1
+        end >>= shift
+        end += base
+        if empty:
+            end = np.where(sizes > 0, end, begin)
+        counts = np.zeros((3, abi.MAX_SLOTS), dtype=np.int64)
+        counts[0, slot], counts[1, slot] = len(records), int(sizes.sum()) * SECTOR
+        return Ranges(begin, end, None, counts[0], counts[1], counts[2], [])

@@ -92,7 +92,10 @@ class Tracker:
         """
         ranges = self.slots.ranges(records)
         self.maps.mark(ranges.starts, ranges.ends, time.monotonic(), ranges.failed)
-        for slot, item in self._by_slot.items():
+        for slot in ranges.records.nonzero()[0].tolist():
+            item = self._by_slot.get(slot)
+            if item is None:
+                continue
             item.records += int(ranges.records[slot])
             item.written_bytes += int(ranges.written_bytes[slot])
             item.widened_bytes += int(ranges.widened_bytes[slot])

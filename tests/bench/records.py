@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How fast breqd takes in the kernel's log: read() to bitmap file, on one core, without a kernel under it.
+
+The stream that /dev/bufflink/reqlog gives comes from a file in memory instead, batch by batch, through the daemon's own
+reading, translation, maps and mapped bitmap files. The bare run reads the same stream and does nothing with it. Printed
+are records per second, blocks per second where the records are longer, the share of a core that 100,000
+requests a second would take with 1 and with 256 volumes, and the memory beside the maps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bmigrate.breqd.records import RECORD
+from bmigrate.breqd.tracker import Tracker
+from bmigrate.kernel import abi
+from bmigrate.kernel.channel import Channel, ChannelInfo
+
+TIB = 1 << 40
+GRANULE = 4096
+BATCH = 16384
+REQUESTS_PER_SECOND = 100_000
+
+
+class _Stream(Channel):
+    """The channel, on a file instead of the device."""
+
+    def __init__(self, fd: int, batch_records: int) -> None:
+        self.path, self._fd = "memory", fd
+        self.info = ChannelInfo(1, batch_records, 1, 1 << 16, 1 << 16)
+        self._buffer = bytearray(ctypes.sizeof(abi.BatchHeader) + batch_records * abi.RECORD_BYTES)
+
+    def _read(self, room: int) -> int | None:
+        return super()._read(room) or None
+
+    def consumed(self, seq: int) -> None:
+        """The file forgets nothing."""
+
+
+def stream(records: Any, batch: int) -> int:
+    """A file in memory with these records in batches, as read() of the device gives them."""
+    fd = os.memfd_create("records")
+    with open(os.dup(fd), "wb") as out:
+        for number, start in enumerate(range(0, len(records), batch)):
+            part = records[start : start + batch]
+            out.write(bytes(abi.BatchHeader(seq=number + 1, count=len(part))))
+            out.write(part.tobytes())
+    return fd
+
+
+def uniform(count: int, volumes: int, size: int, longest: int, seed: int) -> Any:
+    """Writes of one block, or of 1 to ``longest`` blocks, anywhere on any volume."""
+    random = np.random.default_rng(seed)
+    records = np.zeros(count, dtype=RECORD)
+    blocks = random.integers(1, longest + 1, count) if longest > 1 else np.ones(count, dtype=np.int64)
+    records["sector"] = random.integers(0, size // GRANULE - longest, count) * (GRANULE // 512)
+    records["nr_sectors"] = blocks * (GRANULE // 512)
+    records["slot"] = random.integers(0, volumes, count) if volumes > 1 else 0
+    records["op"] = abi.OP_WRITE
+    return records
+
+
+def tracker(directory: Path, volumes: int, size: int) -> Tracker:
+    """Maps over mapped files, without bitmap headers and without a kernel."""
+    made = Tracker()
+    for number in range(volumes):
+        length = -(-size // GRANULE // 8)
+        mirrors = []
+        for kind in ("map", "failed"):
+            path = directory / f"{number}.{kind}"
+            with open(path, "wb") as out:
+                os.posix_fallocate(out.fileno(), 0, length)
+            mirrors.append(np.memmap(path, dtype=np.uint8, mode="r+", shape=(length,)))
+        made.maps.add(("wl", f"v{number}"), size, GRANULE, mirrors[0], mirrors[1], 0.0)
+    for number in range(volumes):
+        made.slots.put(number, 0, size, GRANULE, made.maps.global_start(("wl", f"v{number}")))
+    return made
+
+
+def consume(fd: int, batch: int, apply: Callable[[Any], None]) -> float:
+    """Processor seconds for the whole stream."""
+    os.lseek(fd, 0, os.SEEK_SET)
+    channel = _Stream(fd, batch)
+    began = time.process_time()
+    while True:
+        got = channel.read_batch()
+        if got is None:
+            break
+        apply(got.records)
+        channel.consumed(got.seq)
+    return time.process_time() - began
+
+
+def rate(directory: Path, volumes: int, longest: int, count: int, rounds: int, batch: int, size: int) -> dict[str, Any]:
+    """One case: records per second, marked and bare, alternating."""
+    records = uniform(count, volumes, size // volumes, longest, 1)
+    blocks = int(records["nr_sectors"].sum()) // (GRANULE // 512)
+    made = tracker(directory, volumes, size // volumes)
+    fd = stream(records, batch)
+    expected = 0
+    marked, bare = [], []
+    for _ in range(rounds + 1):
+        for key in made.maps.volumes:
+            made.maps.clear_all(key)
+        marked.append(consume(fd, batch, made.apply))
+        bare.append(consume(fd, batch, lambda records: None))
+    marked, bare = marked[1:], bare[1:]
+    want = np.zeros(size // GRANULE, dtype=bool)
+    start = records["slot"].astype(np.int64) * (size // volumes // GRANULE) + records["sector"].astype(np.int64) // 8
+    for more in range(longest):
+        want[(start + more)[records["nr_sectors"] // 8 > more]] = True
+    expected = int(want.sum())
+    found = sum(volume.dirty_blocks for volume in made.maps.volumes.values())
+    stored = sum(int(np.unpackbits(volume.mirror).sum()) for volume in made.maps.volumes.values())
+    if not expected == found == stored:
+        raise SystemExit(f"marked {found}, in the files {stored}, expected {expected}: the maps are wrong")
+    os.close(fd)
+    return {
+        "volumes": volumes,
+        "longest_blocks": longest,
+        "batch_records": batch,
+        "records_per_second": [count / seconds for seconds in marked],
+        "blocks_per_second": [blocks / seconds for seconds in marked],
+        "bare_over_marked": [b / m for b, m in zip(bare, marked)],
+    }
+
+
+def share(directory: Path, volumes: int, rounds: int, pause_seconds: float) -> dict[str, Any]:
+    """Processor share at REQUESTS_PER_SECOND, when the daemon takes what came in each of its pauses."""
+    batch = max(1, int(REQUESTS_PER_SECOND * pause_seconds))
+    result = rate(directory, volumes, 1, REQUESTS_PER_SECOND * 2, rounds, batch, TIB // 4)
+    result["share_of_core"] = [REQUESTS_PER_SECOND / rate_ for rate_ in result["records_per_second"]]
+    return result
+
+
+def measure(count: int, rounds: int) -> dict[str, Any]:
+    """All cases."""
+    from bmigrate.breqd.loop import PAUSE_SECONDS
+
+    cases: dict[str, Any] = {}
+    for name, run in (
+        ("uniform", lambda at: rate(at, 1, 1, count, rounds, BATCH, TIB)),
+        ("mix", lambda at: rate(at, 1, 256, count // 32, rounds, BATCH, TIB)),
+        ("share_1", lambda at: share(at, 1, rounds, PAUSE_SECONDS)),
+        ("share_256", lambda at: share(at, 256, rounds, PAUSE_SECONDS)),
+    ):
+        with tempfile.TemporaryDirectory(prefix="bmigrate-bench-") as directory:
+            cases[name] = run(Path(directory))
+    return cases
+
+
+def memory() -> dict[str, int]:
+    """Resident bytes of a process that holds the maps of one volume of 1 TiB, and what the maps take of it."""
+    with tempfile.TemporaryDirectory(prefix="bmigrate-bench-") as name:
+        made = tracker(Path(name), 1, TIB)
+        fd = stream(uniform(1 << 20, 1, TIB, 1, 2), BATCH)
+        consume(fd, BATCH, made.apply)
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        length = made.maps.volumes["wl", "v0"].map_bytes
+        # dirty, claimed and failed, and the two mapped files as far as they were touched
+        return {"resident_bytes": resident, "maps_bytes": 5 * length}
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python3 -m tests.bench.records", description=__doc__)
+    parser.add_argument("--records", type=int, default=4 << 20, help="records in a round (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each side (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("at least 2 rounds")
+    cases = measure(arguments.records, arguments.rounds)
+    used = memory()
+    if arguments.json:
+        print(json.dumps({"cases": cases, "memory": used}))
+        return 0
+
+    def line(values: list[float], digits: int) -> str:
+        return (
+            f"median {statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+        )
+
+    print(f"NumPy {np.__version__}")
+    print(f"one block each, 1 TiB: {line(cases['uniform']['records_per_second'], 0)} records/s")
+    print(f"  bare read() / that:  {line(cases['uniform']['bare_over_marked'], 3)} of its time")
+    print(f"1 block to 1 MiB:      {line(cases['mix']['blocks_per_second'], 0)} blocks/s,")
+    print(f"                       {line(cases['mix']['records_per_second'], 0)} records/s")
+    for volumes in (1, 256):
+        shares = [100 * value for value in cases[f"share_{volumes}"]["share_of_core"]]
+        print(f"{REQUESTS_PER_SECOND:,} requests/s, {volumes:3} volumes: {line(shares, 2)} % of a core")
+    print(f"memory: {used['resident_bytes'] >> 20} MiB resident, {used['maps_bytes'] >> 20} MiB of it maps of 1 TiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
