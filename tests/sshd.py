@@ -3,7 +3,8 @@
 
 Promises: it listens on 127.0.0.1 only, on a free port, with host and user keys made for it alone; nothing of this
 machine's own ssh configuration takes part and no service is installed. It needs root, as sshd does, and a mount
-namespace of its own: the directory and the user that its separation of privileges wants exist only in there.
+namespace of its own: the directory and the user that its separation of privileges wants exist only in there. It has
+a process namespace too, so that nothing which it has started outlives it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lab.waiting import wait
 PACKAGES = ("openssh-server", "libwrap0")
 _IN_NAMESPACE = """\
 set -e
+mount -t proc proc /proc
 mount -t tmpfs tmpfs /run
 mkdir -m 755 /run/sshd
 mount --bind {passwd} /etc/passwd
@@ -100,7 +102,7 @@ class Sshd:
         script = _IN_NAMESPACE.format(passwd=directory / "passwd", program=program, config=directory / "config")
         with open(directory / "log", "ab") as log:
             self.process = subprocess.Popen(
-                ["unshare", "--mount", "--propagation", "slave", "sh", "-c", script],
+                ["unshare", "--mount", "--propagation", "slave", "--pid", "--fork", "--kill-child", "sh", "-c", script],
                 env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         wait(self._answers, 60, "sshd to listen")
@@ -123,8 +125,8 @@ class Sshd:
             stream.write(options + public_key.read_text())
 
     def close(self) -> None:
-        """End it; the connections that it served end with their clients."""
-        self.process.terminate()
+        """End it, and all that it has started."""
+        self.process.kill()
         self.process.wait()
 
 

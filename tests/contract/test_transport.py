@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What every transport promises, tested the same way for each: a new transport is one more row of TRANSPORTS.
+"""What every transport promises, tested the same way for each, against a real sshd.
 
 The far end is a program in place of the real one that plays a receiver: it echoes, refuses, or dies as told.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import select
+import socket
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,7 @@ from bmigrate.common.errors import BmigrateError, RefusedError, UnreachableError
 from bmigrate.ship import transport
 from bmigrate.ship.transport import Stream, Transport
 from bmigrate.ship.transport.openssh import OpenSSH, command
-
-Maker = Callable[[Path], Transport]
+from tests import sshd
 
 
 def _program(directory: Path, body: str) -> Path:
@@ -34,21 +35,52 @@ def _program(directory: Path, body: str) -> Path:
     return path
 
 
-TRANSPORTS: list[Maker] = [lambda program: OpenSSH(str(program))]
+class Local(Transport):
+    """A transport to the sshd of this test."""
+
+    def __init__(self, name: str, port: int) -> None:
+        self._real = transport.create(name)
+        self._port = port
+
+    def open(self, config: Config) -> Stream:
+        """To the peer's port here."""
+        peer = dataclasses.replace(config.peer, address="127.0.0.1", port=self._port)
+        return self._real.open(dataclasses.replace(config, hosts={**config.hosts, peer.name: peer}))
 
 
-@pytest.fixture(params=TRANSPORTS, ids=["openssh"])
-def maker(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Transport]:
-    """Makes a transport whose far end runs a shell script."""
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sshd.Sshd]:
+    """A real sshd."""
+    with sshd.running(tmp_path_factory.mktemp("sshd")) as running:
+        yield running
+
+
+@pytest.fixture
+def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: sshd.Sshd) -> Path:
+    """The workload's key and the pinned host key, as after an installation."""
     monkeypatch.setenv("BMIGRATE_ETC", str(tmp_path))
     (tmp_path / "keys").mkdir()
-    (tmp_path / "keys" / "wl").write_text("key\n")
+    sshd.make_key(paths.key_file("wl"))
+    paths.known_hosts_file("wl").parent.mkdir(parents=True, exist_ok=True)
+    paths.known_hosts_file("wl").write_text(server.known_host())
+    return tmp_path
+
+
+@pytest.fixture(params=["program in place of ssh", "openssh", "paramiko"])
+def maker(request: Any, keys: Path, server: sshd.Sshd) -> Callable[[str], Transport]:
+    """Makes a transport whose far end runs a shell script; with a real sshd it is the forced command of the key."""
 
     def make(body: str) -> Transport:
-        made: Transport = request.param(_program(tmp_path, body))
-        return made
+        program = _program(keys, body)
+        if request.param == "program in place of ssh":
+            return OpenSSH(str(program))
+        server.authorize(Path(f"{paths.key_file('wl')}.pub"), str(program))
+        return Local(request.param, server.port)
 
     return make
+
+
+REAL = pytest.mark.parametrize("name", ["openssh", "paramiko"])
 
 
 @pytest.fixture
@@ -196,12 +228,96 @@ def test_a_missing_key_or_client_is_refused_before_anything_starts(
     assert caught.value.reason == "no_client"
 
 
-@pytest.mark.parametrize("name", ["paramiko", "tcp"])
-def test_transports_that_do_not_exist_yet_are_refused_by_name(name: str) -> None:
+def test_a_transport_that_does_not_exist_is_refused_by_name() -> None:
     """Never ignored, never replaced by another."""
     with pytest.raises(RefusedError) as caught:
-        transport.create(name)
-    assert caught.value.reason == "not_supported" and name in caught.value.message
+        transport.create("tcp")
+    assert caught.value.reason == "not_supported" and "tcp" in caught.value.message
+
+
+@REAL
+def test_another_host_key_is_refused_before_anything_is_sent(
+    name: str, keys: Path, server: sshd.Sshd, config: Config
+) -> None:
+    """Whether the pinned key is another one, or there is none for this host."""
+    server.authorize(Path(f"{paths.key_file('wl')}.pub"), str(_program(keys, f"touch {keys}/ran")))
+    sshd.make_key(keys / "other")
+    host, kind, _ = server.known_host().split()
+    other = (keys / "other.pub").read_text().split()[1]
+    for line in (f"{host} {kind} {other}\n", server.known_host().replace("127.0.0.1", "127.0.0.9"), ""):
+        paths.known_hosts_file("wl").write_text(line)
+        stream = Local(name, server.port).open(config)
+        assert _read(stream, 1) == b""
+        assert stream.failure().reason == "host_key_mismatch", stream.stderr_tail()
+        stream.close()
+    assert not (keys / "ran").exists()
+
+
+@REAL
+def test_a_key_that_the_peer_does_not_know_is_refused(name: str, keys: Path, server: sshd.Sshd, config: Config) -> None:
+    """With what to do about it."""
+    stream = Local(name, server.port).open(config)
+    assert _read(stream, 1) == b""
+    error = stream.failure()
+    assert (error.reason, error.host) == ("key_refused", "beta") and error.hint, stream.stderr_tail()
+    stream.close()
+
+
+@REAL
+def test_nobody_listens(name: str, keys: Path, config: Config) -> None:
+    """The port of a socket that is bound and does not listen."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        stream = Local(name, taken.getsockname()[1]).open(config)
+        assert _read(stream, 1) == b""
+        assert stream.failure().reason == "peer_unreachable", stream.stderr_tail()
+        stream.close()
+
+
+@REAL
+def test_both_directions_and_standard_error_full_at_once(
+    name: str, keys: Path, server: sshd.Sshd, config: Config
+) -> None:
+    """No direction waits for another: 48 MiB each way, and more on standard error than anything buffers."""
+    body = "dd if=/dev/zero bs=65536 count=256 2>/dev/null | tr '\\0' e >&2 & cat; wait"
+    server.authorize(Path(f"{paths.key_file('wl')}.pub"), str(_program(keys, body)))
+    stream = Local(name, server.port).open(config)
+    data = os.urandom(1 << 20) * 48
+    writer = threading.Thread(target=_write_all, args=(stream.write_fd, data))
+    writer.start()
+    assert _read(stream, len(data)) == data
+    writer.join()
+    assert set(stream.stderr_tail()) == {"e"}
+    stream.close()
+
+
+@REAL
+def test_nothing_secret_is_in_an_argument_list(name: str, keys: Path, server: sshd.Sshd, config: Config) -> None:
+    """The key is named by its path, and by nothing of what is in it."""
+    server.authorize(Path(f"{paths.key_file('wl')}.pub"), str(_program(keys, "exec cat")))
+    stream: Any = Local(name, server.port).open(config)
+    _write_all(stream.write_fd, b"x")
+    assert _read(stream, 1) == b"x"
+    said = Path(f"/proc/{stream.pid}/cmdline").read_text()
+    assert str(paths.key_file("wl")) in said
+    secret = "".join(paths.key_file("wl").read_text().splitlines()[1:-1])
+    assert not any(secret[at : at + 16] in said for at in range(len(secret) - 16))
+    stream.close()
+
+
+def test_paramiko_prefers_what_is_fast_and_takes_nothing_weak() -> None:
+    """AES-GCM where it is offered, else counter mode with encrypt-then-MAC; an old one still finds something."""
+    from bmigrate.ship.transport import paramikochild as child
+
+    new = ["aes128-ctr", "aes256-cbc", "3des-cbc", "aes128-gcm@openssh.com", "aes256-gcm@openssh.com"]
+    assert child.preferred(child.CIPHERS, new)[0] == "aes128-gcm@openssh.com"
+    assert child.preferred(child.CIPHERS, ["aes256-cbc", "aes256-ctr", "3des-cbc"]) == ["aes256-ctr"]
+    assert child.preferred(child.DIGESTS, ["hmac-md5", "hmac-sha2-256", "hmac-sha2-256-etm@openssh.com"]) == [
+        "hmac-sha2-256-etm@openssh.com",
+        "hmac-sha2-256",
+    ]
+    with pytest.raises(child.Ended, match="none of"):
+        child.preferred(child.CIPHERS, ["3des-cbc"])
 
 
 def test_a_stream_that_ends_at_once_is_seen_soon(maker: Callable[[str], Transport], config: Config) -> None:

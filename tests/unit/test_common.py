@@ -48,7 +48,7 @@ def test_a_wrong_configuration_is_refused_by_the_name_of_its_key(change: dict[st
     assert "pg.yml" in caught.value.message
 
 
-@pytest.mark.parametrize("change", [{"address": "10.0.0.9"}, {"transport": "paramiko"}, {"on_silent_peer": "wait"}])
+@pytest.mark.parametrize("change", [{"address": "10.0.0.9"}, {"on_silent_peer": "wait"}])
 def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any]) -> None:
     with pytest.raises(errors.RefusedError) as caught:
         config.validate({**good_config(), **change}, "pg.yml")

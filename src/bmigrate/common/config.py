@@ -100,7 +100,7 @@ SCHEMA: dict[str, Any] = {
         "on_silent_peer": {"enum": ["start", "wait"]},
         "granule": {"anyOf": [{"const": "auto"}, {"enum": [1 << n for n in range(12, 21)]}]},
         "overflow_region_bytes": {"enum": [1 << n for n in range(12, 27)]},
-        "transport": {"type": "string"},
+        "transport": {"enum": ["openssh", "paramiko"]},
         "bitmap_directory": {"anyOf": [{"type": "null"}, _ABSOLUTE]},
         "limits": {
             "type": "object",
@@ -282,12 +282,6 @@ def validate(data: Any, source: str) -> None:
         raise RefusedError(
             f"{source}: on_silent_peer: {data['on_silent_peer']!r} is not supported yet",
             hint="use 'start'",
-            reason="not_supported",
-        )
-    if data.get("transport", "openssh") != "openssh":
-        raise RefusedError(
-            f"{source}: transport: {data['transport']!r} is not supported yet",
-            hint="use 'openssh'",
             reason="not_supported",
         )
 

@@ -66,7 +66,13 @@ def create(name: str) -> Transport:
         from bmigrate.ship.transport.openssh import OpenSSH
 
         return OpenSSH()
-    raise RefusedError(f"transport {name!r} is not supported yet", hint="use 'openssh'", reason="not_supported")
+    if name == "paramiko":
+        from bmigrate.ship.transport.paramiko import Paramiko
+
+        return Paramiko()
+    raise RefusedError(
+        f"transport {name!r} is not supported", hint="use 'openssh' or 'paramiko'", reason="not_supported"
+    )
 
 
 def closed_by_peer(host: str, tail: str) -> UnreachableError:

@@ -97,15 +97,19 @@ def explain(config: Config, tail: str) -> BmigrateError:
     return closed_by_peer(peer.name, tail)
 
 
-class OpenSSHStream:
-    """An ssh child and its three pipes."""
+class ChildStream:
+    """A child that plays ssh, and its three pipes.
 
-    def __init__(self, config: Config, argv: list[str]) -> None:
+    Args:
+        config: names the peer. argv: of the child. environment: added to ours.
+    """
+
+    def __init__(self, config: Config, argv: list[str], environment: dict[str, str] | None = None) -> None:
         self._config = config
         try:
             self._child = subprocess.Popen(
                 argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
-                start_new_session=True, env={**os.environ, "LC_ALL": "C"},
+                start_new_session=True, cwd="/", env={**os.environ, "LC_ALL": "C", **(environment or {})},
             )  # fmt: skip
         except OSError as exc:
             raise RefusedError(f"{argv[0]} cannot be started: {exc}", reason="no_client") from exc
@@ -189,4 +193,4 @@ class OpenSSH(Transport):
                 hint="run install.yml",
                 reason="key_missing",
             )
-        return OpenSSHStream(config, [program, *command(config)[1:]])
+        return ChildStream(config, [program, *command(config)[1:]])
