@@ -18,11 +18,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bmigrate.common import rpc
+from bmigrate.common import paths, rpc
 from bmigrate.common.errors import BmigrateError
+from lab.waiting import wait
 from tests import sshd
 from tests.bench.figures import spread
 from tests.unit.ship_world import World
@@ -83,8 +85,8 @@ class Bench:
         self.known = directory / "known_hosts"
         self.known.write_text(self.server.known_host())
 
-    def shipped(self) -> float:
-        """Seconds for a seed."""
+    def begin(self) -> subprocess.Popen[bytes]:
+        """A shipping daemon that has read all and must not ship yet; every block is dirty."""
         world = self.world
         world.role("primary", shipping=False)
         with world.breqd.lock:
@@ -97,37 +99,57 @@ class Bench:
             config.read_text().replace("address: 10.77.0.2", f"address: 127.0.0.1, port: {self.server.port}")
             + self.extra
         )
-        from bmigrate.common import paths
-
         paths.known_hosts_file("wl").parent.mkdir(parents=True, exist_ok=True)
         paths.known_hosts_file("wl").write_text(self.server.known_host())
-        self._until("idle")
+        self.until("idle")
         rpc.call(paths.ship_socket(), "reload", 30.0)
-        world.role("primary", shipping=True)
+        return process
+
+    def go(self) -> None:
+        """Ship."""
+        self.world.role("primary", shipping=True)
+        rpc.call(paths.ship_socket(), "reload", 30.0)
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """A shipping daemon, in step."""
+        process = self.begin()
+        self.go()
+        self.until("in_step")
+        return process
+
+    def shipped(self) -> float:
+        """Seconds for a seed."""
+        process = self.begin()
         began = time.monotonic()
-        rpc.call(paths.ship_socket(), "reload", 30.0)
-        self._until("in_step")
+        self.go()
+        self.until("in_step")
         seconds = time.monotonic() - began
         process.terminate()
         process.wait()
-        if not subprocess.run(["cmp", "-s", str(world.source()), str(world.replica())], check=False).returncode == 0:
+        same = subprocess.run(["cmp", "-s", str(self.world.source()), str(self.world.replica())], check=False)
+        if same.returncode:
             raise SystemExit("the replica differs")
         return seconds
 
-    def _until(self, *states: str) -> None:
-        from bmigrate.common import paths
+    def status(self) -> dict[str, Any]:
+        """The workload's status entry."""
+        entry: dict[str, Any] = rpc.call(paths.ship_socket(), "status", 30.0, workload="wl")["workloads"][0]
+        return entry
 
-        deadline = time.monotonic() + LIMIT_SECONDS
-        said: object = None
-        while time.monotonic() < deadline:
+    def until(self, *states: str) -> None:
+        """Wait for one of the states."""
+        said: list[object] = []
+
+        def reached() -> bool:
             try:
-                said = rpc.call(paths.ship_socket(), "status", 30.0)["workloads"]
-                if isinstance(said, list) and said and said[0]["state"] in states:
-                    return
+                entry = self.status()
             except BmigrateError as error:
-                said = error
-            time.sleep(0.005)
-        raise SystemExit(f"never {states}: {said}")
+                said[:] = [error]
+                return False
+            said[:] = [entry]
+            return entry["state"] in states
+
+        wait(reached, LIMIT_SECONDS, f"state {states}", 0.005, lambda: str(said))
 
     def ssh(self) -> str:
         """The bare client, with nothing of this machine's configuration."""

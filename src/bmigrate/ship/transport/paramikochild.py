@@ -29,7 +29,7 @@ WINDOW_BYTES = 64 << 20
 PACKET_BYTES = 1 << 15
 CHUNK_BYTES = 1 << 20
 REKEY_BYTES = 1 << 35
-"""32 GiB: below the 2^32 blocks of 16 bytes that RFC 4344 allows. paramiko's 512 MiB would stop the stream too often."""
+"""32 GiB: below the 2^32 blocks of 16 bytes that RFC 4344 allows. after 512 MiB, as paramiko does, is too often."""
 REKEY_PACKETS = 1 << 30
 CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr", "aes192-ctr", "aes256-ctr")
 DIGESTS = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com", "hmac-sha2-256", "hmac-sha2-512")
@@ -104,9 +104,7 @@ def log_in(address: str, port: int, key_path: str, known_hosts: str) -> paramiko
     if entry is None:
         raise Ended("Host key verification failed.")
     Packetizer.REKEY_BYTES, Packetizer.REKEY_PACKETS = REKEY_BYTES, REKEY_PACKETS
-    transport = paramiko.Transport(
-        sock, default_window_size=WINDOW_BYTES, default_max_packet_size=PACKET_BYTES
-    )
+    transport = paramiko.Transport(sock, default_window_size=WINDOW_BYTES, default_max_packet_size=PACKET_BYTES)
     transport.daemon = True
     transport.banner_timeout = transport.auth_timeout = CONNECT_SECONDS
     options = transport.get_security_options()
