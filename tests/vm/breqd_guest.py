@@ -168,6 +168,9 @@ class Trial:
                     status = self.status() or {}
                     self.result["redirtied_claimed_blocks"] += status["redirtied_claimed_blocks"]
                     self.result["outstanding_at_kills"] += status["claims_outstanding"]
+                    # Something must be on its way, or in the map only, or the kill could lose nothing.
+                    victim.granted = victim.requests + 20
+                    wait(lambda: victim.requests >= victim.granted, "the writes before the kill")
                     self.kill(signal.SIGKILL)
                     break
                 self.call(client, "ack", claim=taken["claim"])
