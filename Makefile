@@ -10,7 +10,7 @@ export PYTHONPATH := src:.
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint truth bench lab-up lab-down test-unit test-vm test-kernels test-ansible test-mutants test-fuzz test-debug-kernel bench-kernel module clean
+.PHONY: help setup demo test lint truth bench lab-up lab-down test-unit test-vm test-kernels test-ansible test-mutants test-model test-fuzz test-debug-kernel bench-kernel module clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ test-debug-kernel: setup ## truth, bad input and storms on a kernel that checks 
 	$(PY) -m lab.debugkernel
 	$(PYTEST) --durations=0 --tb=short tests/debug_kernel
 
+test-model: setup ## the protocol in small scope, exhaustively, and with each rule broken; state machines over the code
+	$(PY) -m tests.model
+	$(PYTEST) tests/unit/test_ship_model.py tests/unit/test_breqd_maps.py tests/unit/test_race_losses.py
+
 test-fuzz: setup ## a million hostile frames against the receiver
 	$(PY) -m tests.fuzz
 
@@ -62,6 +66,11 @@ truth: setup ## compare the log with the truth for each kind of device and opera
 	BMIGRATE_LAB_APPEND='memmap=16M!960M' $(PY) -m tests.truth
 
 bench: setup ## measure what tracking and shipping cost
+	$(PY) -m tests.bench.records
+	$(PY) -m tests.bench.shipping
+	$(PY) -m tests.bench.shipping --mib 512 --extra 'transport: paramiko'
+	$(PY) -m tests.bench.drain
+	$(PY) -m tests.bench.convergence
 	$(PY) -m tests.bench
 
 bench-kernel: setup ## count what a write costs with tracking, and with DRBD or raid1 over nbd

@@ -159,8 +159,9 @@ def main() -> int:
         print(
             f"write rate {row['ratio_wanted']:.2f} of the limit, {row['ratio']:.2f} of what was shipped: "
             f"{row['passes']} passes in {row['seconds']:.1f} s shipped {row['shipped_volumes']:.2f} volumes "
-            f"(model {row['model_volumes']:.2f}, walk {row['walk_volumes']:.2f}), left "
-            f"{row['residual_bytes'] / MIB:.1f} MiB (model {row['model_residual_bytes'] / MIB:.1f}, walk {row['walk_residual_bytes'] / MIB:.1f}), "
+            f"(model {row['model_volumes']:.2f}, walk {row['walk_volumes']:.2f}), "
+            f"left {row['residual_bytes'] / MIB:.1f} MiB "
+            f"(model {row['model_residual_bytes'] / MIB:.1f}, walk {row['walk_residual_bytes'] / MIB:.1f}), "
             f"drained in {row['drain_seconds']:.2f} s"
         )
     return 0

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The model of the protocol, in its smallest scope: it holds, it reaches what matters, and a broken rule breaks it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.model.__main__ import MUTANTS, PROBES, check
+
+SMALL = {"WRITES": 2, "SESSIONS": 2, "FAULTS": 1}
+
+
+def test_the_invariant_holds_in_every_state() -> None:
+    outcome = check(None, SMALL)
+    assert outcome.holds and outcome.states > 10_000
+
+
+@pytest.mark.parametrize("name", [*PROBES, *MUTANTS])
+def test_what_must_be_found_is_found(name: str) -> None:
+    assert not check(name, SMALL).holds, f"{name}: {({**MUTANTS, **PROBES})[name]}"
