@@ -14,8 +14,9 @@ import pytest
 
 from bmigrate.common import rpc
 from bmigrate.common.config import Limits
-from bmigrate.common.errors import PhaseError, RefusedError, SuspectError
+from bmigrate.common.errors import PhaseError, RefusedError, SuspectError, UsageError
 from bmigrate.ship import handshake
+from bmigrate.ship.engine import Engine
 from bmigrate.ship.jobs import Job
 from tests.unit.ship_world import GRANULE, World
 from tests.unit.standby_host import MIB, wait
@@ -447,5 +448,29 @@ def test_an_older_standby_gets_frames_that_it_knows(tmp_path: Path, monkeypatch:
             world.write(number * 16384, os.urandom(4096))
         world.drain(engine)
         world.check_equal()
+    finally:
+        world.close()
+
+
+def test_the_limit_changes_while_it_ships_and_survives_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """128 KiB/s would take minutes: without a limit the seed ends at once, in the same session."""
+    world = World(tmp_path, monkeypatch, {"data": 48 * MIB}, Limits(bandwidth_bytes_per_second=128 * 1024))
+    try:
+        engine = world.engine()
+        world.until(engine, "seeding")
+        entry = engine.report()
+        assert (entry["bandwidth_bytes_per_second"], entry["bandwidth_source"]) == (128 * 1024, "config")
+        assert engine.limit(0) and not engine.limit(0)
+        world.until(engine, "in_step")
+        after = engine.report()
+        assert (after["bandwidth_bytes_per_second"], after["bandwidth_source"]) == (0, "operator")
+        assert after["epoch"] == entry["epoch"], "a new limit needs no new session"
+        assert Engine(world.config, engine.transport).bandwidth == 0, "it is durable"
+        assert engine.limit(None) and engine.report()["bandwidth_bytes_per_second"] == 128 * 1024
+        for wrong in (-1, "5", True, 1.5):
+            with pytest.raises(UsageError):
+                engine.limit(wrong)
     finally:
         world.close()

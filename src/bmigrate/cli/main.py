@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "units": ("units", "write the mount units and service drop-ins of a workload"),
     "pause": ("pause", "stop shipping a workload for a while; tracking goes on"),
     "resume": ("resume", "go on shipping a workload that was paused"),
+    "limit": ("limit", "how fast a workload may be shipped, from now on"),
     "ship": ("ship", "the shipping daemon (bmigrate-ship.service)"),
     "boot": ("boot", "start at boot what this host's role allows (bmigrate-boot.service)"),
     "early": ("early", "take the clean flags away before any mount (bmigrate-early.service)"),

@@ -22,6 +22,7 @@ from bmigrate.common.errors import (
     RefusedError,
     SuspectError,
     UnreachableError,
+    UsageError,
 )
 from bmigrate.ship import drain as drains
 from bmigrate.ship import status, verdict, verify, wanted
@@ -58,7 +59,7 @@ class Engine(threading.Thread):
         self.config = config
         self.transport = transport
         self.record = Record(config.workload)
-        self.pacer = Pacer(config.limits.bandwidth_bytes_per_second)
+        self.pacer = Pacer(self.bandwidth)
         self.trend = verdict.Trend()
         self.dirty_rate = DirtyRate()
         self.ship_rate = ShipRate()
@@ -124,6 +125,27 @@ class Engine(threading.Thread):
         self.record.paused = paused
         self.record.save()
         self.wake()
+        return True
+
+    @property
+    def bandwidth(self) -> int:
+        """The bandwidth limit in bytes per second, 0 for none: the operator's, else the configuration's."""
+        own = self.record.bandwidth
+        return self.config.limits.bandwidth_bytes_per_second if own is None else own
+
+    def limit(self, bandwidth: object) -> bool:
+        """Set the bandwidth limit, durably and at once; None: the configuration's. Returns whether it changed.
+
+        Raises:
+            UsageError: it is no number of bytes per second.
+        """
+        if bandwidth is not None and (not isinstance(bandwidth, int) or isinstance(bandwidth, bool) or bandwidth < 0):
+            raise UsageError(f"{bandwidth!r} is no number of bytes per second", reason="bad_limit")
+        if self.record.bandwidth == bandwidth:
+            return False
+        self.record.bandwidth = bandwidth
+        self.record.save()
+        self.pacer.set_bandwidth(self.bandwidth)
         return True
 
     def unseal(self) -> bool:

@@ -62,6 +62,7 @@ class Daemon:
             "unseal": lambda _, request: {"changed": self._engine(request).unseal()},
             "pause": lambda _, request: {"changed": self._engine(request).pause(True)},
             "resume": lambda _, request: {"changed": self._engine(request).pause(False)},
+            "limit": self._limit,
             "reconnect": lambda _, request: {"changed": self._engine(request).reconnect()},
             "reload": self._reload,
         }
@@ -224,6 +225,12 @@ class Daemon:
         entries: list[dict[str, Any]] = [engine.report() for _, engine in sorted(self.engines.items())]
         broken = [{"workload": name, "error": error.to_dict()} for name, error in sorted(self.broken.items())]
         return {"workloads": entries, "broken": broken}
+
+    def _limit(self, _connection: rpc.Connection, request: dict[str, Any]) -> dict[str, Any]:
+        engine = self._engine(request)
+        changed = engine.limit(request.get("bandwidth_bytes_per_second"))
+        entry = engine.report()
+        return {"changed": changed, **{key: entry[key] for key in ("bandwidth_bytes_per_second", "bandwidth_source")}}
 
     def _reload(self, _connection: rpc.Connection, _request: dict[str, Any]) -> dict[str, Any]:
         self.follow()

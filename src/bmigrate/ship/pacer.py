@@ -26,14 +26,18 @@ class Pacer:
     """
 
     def __init__(self, bandwidth_bytes_per_second: int) -> None:
-        burst = max(MIN_BURST_BYTES, int(bandwidth_bytes_per_second * BURST_SECONDS))
-        self._bucket = TokenBucket(bandwidth_bytes_per_second, burst, time.monotonic())
+        self.set_bandwidth(bandwidth_bytes_per_second)
         self.urgent = threading.Event()
         self.foreground_writes = False
         self.spent: dict[str, float] = dict.fromkeys(LIMITERS, 0.0)
         self._thread = threading.local()
         self._pressure_at = 0.0
         self._pressure: float | None = None
+
+    def set_bandwidth(self, bandwidth_bytes_per_second: int) -> None:
+        """Another limit, 0 for none; from any thread. Who waits under the old one asks again within a second."""
+        burst = max(MIN_BURST_BYTES, int(bandwidth_bytes_per_second * BURST_SECONDS))
+        self._bucket = TokenBucket(bandwidth_bytes_per_second, burst, time.monotonic())
 
     def begin(self) -> None:
         """A walk begins: start measuring, and ``enter``."""

@@ -34,6 +34,7 @@ class Record:
         ack: number of the last SYNC acknowledged in it.
         damaged: the number could not be read back; every volume must be taken for suspect.
         paused: set by the operator, kept over restarts.
+        bandwidth: bytes per second set by the operator in place of the configuration's, 0: no limit; or None.
         seeded: volume -> number of the seed that was completely shipped once.
 
     Raises:
@@ -47,6 +48,8 @@ class Record:
         stored = atomic.read_json(self.path, {})
         self.session: dict[str, Any] | None = stored.get("session")
         self.paused = bool(stored.get("paused", False))
+        bandwidth = stored.get("bandwidth_bytes_per_second")
+        self.bandwidth: int | None = None if bandwidth is None else int(bandwidth)
         self.seeded: dict[str, int] = {str(name): int(count) for name, count in stored.get("seeded", {}).items()}
         self.ack = 0
         self.damaged = False
@@ -74,6 +77,8 @@ class Record:
         with self._lock:
             atomic.make_directory(self.path.parent)
             content = {"schema": SCHEMA, "session": self.session, "paused": self.paused, "seeded": self.seeded}
+            if self.bandwidth is not None:
+                content["bandwidth_bytes_per_second"] = self.bandwidth
             atomic.replace_json(self.path, content)
 
     def last_session(self) -> dict[str, Any] | None:

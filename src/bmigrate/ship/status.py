@@ -106,6 +106,8 @@ def entry(engine: Engine) -> dict[str, Any]:
         "state": name,
         "reason": reason,
         "limiter": engine.limiter,
+        "bandwidth_bytes_per_second": engine.bandwidth,
+        "bandwidth_source": "config" if engine.record.bandwidth is None else "operator",
         "peer": engine.config.peer.name,
         "epoch": session.epoch if session is not None else None,
         "passes": engine.trend.passes,
