@@ -53,6 +53,7 @@ static void put_disk_and_driver(struct reqlog_attachment *att)
 		return;
 	/* The disk first: its release is code of the driver. */
 	put_device(disk_to_dev(att->disk));
+	module_put(att->adapter);
 	module_put(att->driver);
 	att->disk = NULL;
 }

@@ -10,6 +10,8 @@
 #include <linux/device.h>
 #include <linux/kdev_t.h>
 #include <linux/module.h>
+#include <scsi/scsi_device.h>
+#include <scsi/scsi_host.h>
 
 #include "reqlog/reqlog.h"
 
@@ -42,6 +44,30 @@ static bool changes_by_itself(struct gendisk *disk)
 {
 	return !strncmp(disk->disk_name, "drbd", 4) ||
 	       !strncmp(disk->disk_name, "bcache", 6);
+}
+
+/*
+ * By the bus of the device that the disk belongs to: sd is one of its drivers.
+ * The device is there as long as it has a request, or somebody has it open.
+ */
+bool reqlog_disk_is_scsi(struct gendisk *disk)
+{
+	struct device *parent = disk_to_dev(disk)->parent;
+
+	return parent && parent->bus && !strcmp(parent->bus->name, "scsi");
+}
+
+/*
+ * The module of the host adapter below a SCSI disk, NULL for other disks. The
+ * driver of the disk, sd, is not all that its release runs through: the last put
+ * of the disk lets go of the SCSI device, and that looks into the adapter's
+ * template. An open of the disk holds that module for the same reason.
+ */
+static struct module *adapter_of(struct gendisk *disk)
+{
+	if (!reqlog_disk_is_scsi(disk))
+		return NULL;
+	return to_scsi_device(disk_to_dev(disk)->parent)->host->hostt->module;
 }
 
 static bool is_gone(struct gendisk *disk)
@@ -90,8 +116,9 @@ static int check(struct block_device *bdev, u64 sectors,
  *
  * A reference to the disk's device object does not hold up its removal: the
  * driver takes the disk away, requests fail, the names go; only the memory
- * stays, until DETACH. But the last put may call into the driver, so the
- * driver's module must stay too: a mount would pin it just the same.
+ * stays, until DETACH. But the last put may call into the driver, and on SCSI
+ * into the adapter's, so their modules must stay too: a mount would pin them
+ * just the same.
  */
 int reqlog_identify(struct reqlog_attachment *att,
 		    struct reqlog_attach *request, struct file *file)
@@ -122,8 +149,10 @@ int reqlog_identify(struct reqlog_attachment *att,
 	strscpy(att->disk_name, disk->disk_name, sizeof(att->disk_name));
 	att->disk = disk;
 	att->driver = disk->fops->owner;
-	/* The open file holds both already. */
+	att->adapter = adapter_of(disk);
+	/* The open file holds all of them already. */
 	get_device(disk_to_dev(disk));
 	__module_get(att->driver);
+	__module_get(att->adapter);
 	return 0;
 }

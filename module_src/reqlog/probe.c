@@ -175,17 +175,6 @@ static bool passthrough_may_write(struct request *rq)
 	return op_is_write(rq->cmd_flags) || !blk_rq_bytes(rq);
 }
 
-/*
- * By the bus of the device that the disk belongs to: sd is one of its drivers.
- * The device is there as long as it has a request.
- */
-static bool is_scsi(struct gendisk *disk)
-{
-	struct device *parent = disk_to_dev(disk)->parent;
-
-	return parent && parent->bus && !strcmp(parent->bus->name, "scsi");
-}
-
 /* The commands of ATA for the state of the drive, which smartd asks for. */
 static bool ata_changes_nothing(u8 command)
 {
@@ -256,7 +245,7 @@ static void log_passthrough(struct gendisk *disk, struct request *rq,
 	struct reqlog_attachment *att;
 
 	if (!passthrough_may_write(rq) ||
-	    (is_scsi(disk) && scsi_changes_nothing(rq)))
+	    (reqlog_disk_is_scsi(disk) && scsi_changes_nothing(rq)))
 		return;
 	rcu_read_lock_sched();
 	list_for_each_entry_rcu(att, &reqlog_attached, node) {

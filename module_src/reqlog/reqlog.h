@@ -57,6 +57,7 @@ struct reqlog_attachment {
 	u64 id;
 	u64 diskseq;
 	dev_t dev;
+	struct module *adapter;		/* below a SCSI disk, held like driver */
 	char disk_name[REQLOG_DISK_BYTES];
 
 	/*
@@ -95,6 +96,7 @@ void reqlog_free_all(void);
 int reqlog_identify(struct reqlog_attachment *att, struct reqlog_attach *request,
 		    struct file *file);
 bool reqlog_disk_gone(const struct reqlog_attachment *att);
+bool reqlog_disk_is_scsi(struct gendisk *disk);
 
 /* probe.c */
 u8 reqlog_op(req_op_t op);

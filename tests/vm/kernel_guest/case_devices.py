@@ -216,6 +216,9 @@ def removed(device: str) -> dict[str, Any]:
         disk = devices.scsi()
         attachment = attach(control, disk)
         write(disk, 8)
+        # Nobody else may have it open: udev looks at a disk that was written to.
+        run("udevadm", "settle")
+        users = int(Path("/sys/module/scsi_debug/refcnt").read_text())
         pinned = subprocess.run(["rmmod", "scsi_debug"], capture_output=True).returncode
         Path(f"/sys/block/{attachment.disk}/device/delete").write_text("1")
         wait_for(lambda: not os.path.exists(disk), "the disk does not go")
@@ -234,7 +237,7 @@ def removed(device: str) -> dict[str, Any]:
             control.list()
         finally:
             devices.drop_scsi()
-        return {"rmmod of the driver": pinned, "records": stats.records, "ranges": records}
+        return {"rmmod of the driver": pinned, "users": users, "records": stats.records, "ranges": records}
 
 
 def grown(device: str) -> dict[str, Any]:
