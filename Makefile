@@ -10,7 +10,7 @@ export PYTHONPATH := src:.
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint truth bench lab-up lab-down test-unit test-vm test-kernels test-ansible test-mutants test-model test-fuzz test-debug-kernel bench-kernel module clean
+.PHONY: help setup demo test lint truth bench lab-up lab-down test-unit test-vm test-kernels test-ansible test-mutants test-model test-fuzz test-campaign test-debug-kernel bench-kernel module clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ test-model: setup ## the protocol in small scope, exhaustively, and with each ru
 
 test-fuzz: setup ## a million hostile frames against the receiver
 	$(PY) -m tests.fuzz
+
+test-campaign: setup ## CAMPAIGN_FAULTS=200 random faults on two hosts under load, each judged on the disks; goes on where it ended
+	$(PY) -m tests.campaign
 
 test-mutants: setup ## sabotage the programs on purpose and show which test notices
 	$(PY) -m tests.mutants

@@ -53,6 +53,7 @@ class Export:
             "write_bytes": self.write_bytes,
             "volatile_bytes": self.disk.volatile_bytes,
             "forced_flushes": self.disk.forced_flushes,
+            "failures_left": sum(self.failures.values()),
         }
 
     def execute(self, request: nbd.Request) -> tuple[int, bytes]:

@@ -178,6 +178,18 @@ def test_claims_need_a_fence_also_after_a_restart(host: Host) -> None:
     assert claim(6)["claim"] is not None
 
 
+def test_the_map_is_told_and_nonsense_refused(host: Host) -> None:
+    host.start()
+    host.call("attach", workload="w", volume="a", mode="seed")
+    told = host.call("map", workload="w", volume="a", cells=16)
+    assert sum(told["dirty"]) == -(-SIZES["a"] // GRANULE) and sum(told["claimed"]) == 0
+    assert told["size_bytes"] == SIZES["a"] and 1 <= len(told["dirty"]) <= 16
+    for cells in (0, -1, 5000):
+        with pytest.raises(BmigrateError) as refused:
+            host.call("map", workload="w", volume="a", cells=cells)
+        assert refused.value.reason == "bad_request"
+
+
 def test_an_acknowledgement_of_an_earlier_daemon_clears_nothing(host: Host) -> None:
     """Seeding lets epochs begin again, and each daemon counts claims from 1: only the incarnation tells them apart."""
     claims = []

@@ -341,3 +341,36 @@ def test_a_few_bytes_hit_again_and_again_are_marked_too() -> None:
         maps.volumes[KEYS[0]].dirty_blocks == 11
         and np.flatnonzero(np.unpackbits(mirror, bitorder="little")).max() == 10
     )
+
+
+@given(
+    st.integers(1, 700 * 8 * GRANULE),
+    st.lists(st.tuples(st.integers(0, 5600), st.integers(1, 300)), max_size=8),
+    st.integers(1, 2000),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_picture_counts_every_block_once(size: int, marks: list[tuple[int, int]], cells: int) -> None:
+    """Whatever the size and the number of cells: each granule is in exactly one cell, dirty or claimed."""
+    maps, other = Maps(), ("w", "other")
+    for name, length in ((other, 5000 * GRANULE), (("w", "v"), size)):
+        blocks = -(-length // GRANULE)
+        empty = [np.zeros(-(-blocks // 8), dtype=np.uint8) for _ in range(2)]
+        maps.add(name, length, GRANULE, *empty, 0.0)
+    maps.mark_extents(other, [[0, 5000 * GRANULE]], 1.0)
+    maps.mark_extents(("w", "v"), [[start * GRANULE, count * GRANULE] for start, count in marks], 1.0)
+    taken = maps.claim(("w", "v"), 40 * GRANULE, 0)
+    volume = maps.volumes["w", "v"]
+    picture = maps.picture(("w", "v"), cells)
+    per_cell = picture.cell_bytes // GRANULE
+    assert len(picture.dirty) == len(picture.claimed) <= cells
+    assert per_cell * (len(picture.dirty) - 1) < volume.blocks <= per_cell * len(picture.dirty)
+    claimed = {
+        block
+        for offset, length in taken.extents
+        for block in range(offset // GRANULE, -(-(offset + length) // GRANULE))
+    }
+    dirty = {block for start, count in marks for block in range(start, min(start + count, volume.blocks))} - claimed
+    for cell in range(len(picture.dirty)):
+        here = range(cell * per_cell, (cell + 1) * per_cell)
+        assert picture.dirty[cell] == len(dirty.intersection(here))
+        assert picture.claimed[cell] == len(claimed.intersection(here))

@@ -55,6 +55,12 @@ def test_every_written_sector_of_the_volume_is_covered(rows: list[tuple[int, int
             assert (start, end) == (base + low // granule, base + -(-high // granule))
     assert ranges.records.sum() == len(rows)
     for slot, (first, size, _, _) in VOLUMES.items():
+        discarded = sum(
+            max(0, min(sector + count - first, -(-size // 512)) - max(sector - first, 0))
+            for sector, count, owner, op, _ in rows
+            if owner == slot and op in (abi.OP_DISCARD, abi.OP_SECURE_ERASE)
+        )
+        assert ranges.discarded_bytes[slot] == discarded * 512
         written = sum(
             max(0, min(sector + count - first, -(-size // 512)) - max(sector - first, 0))
             for sector, count, owner, _, _ in rows

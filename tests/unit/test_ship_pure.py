@@ -345,6 +345,21 @@ def test_losing_ground_needs_two_passes_and_gives_a_reason() -> None:
     assert verdict.judge(facts, trend)[0] == "in_step"
 
 
+def test_a_trim_is_an_event_and_not_losing_ground() -> None:
+    """Passes in which the workload discarded most of what is left count for nothing, and the reason names the trim."""
+    trend = verdict.Trend()
+    facts = verdict.Facts(connected=True, dirty_rate=5e6, ship_rate=3e6, limiter="link", left_bytes=10**8)
+    for _ in range(3):
+        trend.finished(10**6, 10**8, 30.0, 2.0, discarded_bytes=9 * 10**7)
+        state, reason = verdict.judge(facts, trend)
+        assert state == "catching_up" and reason is not None and "discarded" in reason and "fstrim" in reason
+    for _ in range(2):
+        trend.finished(10**8, 10**8, 30.0, 2.0, discarded_bytes=10**6)
+    assert verdict.judge(facts, trend)[0] == "losing_ground", "a few discards must not hide that passes do not help"
+    trend.finished(10**7, 0, 0.1, 2.0)
+    assert trend.trimmed_bytes == 0 and verdict.judge(facts, trend) == ("in_step", None)
+
+
 # -- what is wanted ----------------------------------------------------------------------------------
 
 PHASES = st.sampled_from(["begun", "quiesced", "drained", "committed"])

@@ -14,54 +14,16 @@ from typing import Any
 import pytest
 
 from lab import LabError, wait
+from tests.vm.processes import ON_STANDBY, find, is_receiver, main_process
 from tests.vm.rig import BEING_STARTED, LIMIT_SECONDS, UNITS, WORKLOAD, Rig
 from tests.vm.rounds import Round
 
 pytestmark = pytest.mark.vm
 
 TARGETS = ("breqd", "bmigrate", "ssh-client", "breceive", "hold", "ssh-server")
-ON_STANDBY = ("breceive", "hold", "ssh-server")
 DROP_IN = "/run/systemd/system/breqd.service.d/vm-test.conf"
 RING_LIMIT = "/sys/module/reqlog/parameters/ring_limit"
 ATTEMPTS = 10
-
-
-def main_process(rig: Rig, host: str, name: str) -> dict[str, Any]:
-    """The main process of one of our units, running."""
-
-    def look() -> dict[str, Any]:
-        pid = int(rig.run(host, "systemctl", "show", "-P", "MainPID", UNITS[name]))
-        found = [item for item in rig.agents[host].call("processes") if item["pid"] == pid]
-        return found[0] if pid and found else {}
-
-    return wait(look, LIMIT_SECONDS, f"{UNITS[name]} on {host} to run", 0.1)
-
-
-def find(rig: Rig, host: str, target: str) -> dict[str, Any]:
-    """The process that a round kills; empty when there is none right now."""
-    if target in ("breqd", "hold"):
-        return main_process(rig, host, target)
-    if target == "bmigrate":
-        return main_process(rig, host, "ship")
-    everything = rig.agents[host].call("processes")
-    if target == "ssh-client":
-        parent = main_process(rig, host, "ship")["pid"]
-        found = [item for item in everything if item["parent"] == parent and item["name"] == "ssh"]
-    else:
-        found = [item for item in everything if is_receiver(item)]
-        if target == "ssh-server" and found:
-            by_pid = {item["pid"]: item for item in everything}
-            above = found[0]
-            while above and above["name"] != "sshd":
-                above = by_pid.get(above["parent"], {})
-            found = [above] if above else []
-    return found[0] if found else {}
-
-
-def is_receiver(process: dict[str, Any]) -> bool:
-    """Whether this is the Python program itself, not the shell that sshd started it with."""
-    argv = process["argv"]
-    return "python3" in argv[0] and any(word.endswith("breceive") for word in argv[1:3])
 
 
 def kill_at_a_moment(around: Round, target: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from bmigrate.breqd.maps import Key
 from bmigrate.breqd.selftest import Witness
 from bmigrate.breqd.track import Facts, Track, Verdict
 from bmigrate.breqd.tracker import Tracked, Tracker, as_refusal, events_of
-from bmigrate.common import blockdev, config, faults, paths
+from bmigrate.common import blockdev, config, faults, log, paths
 from bmigrate.common.config import Config
 from bmigrate.common.errors import BmigrateError, DefectError, RefusedError
 from bmigrate.kernel.control import Attachment, Control
@@ -192,7 +192,8 @@ class Attacher:
         record = known or Track(*key)
         if verdict.suspect:
             record.raise_suspicion(verdict.suspect)
-            LOG.warning("volume %s/%s is suspect: %s", *key, verdict.suspect)
+            text = f"volume {key[0]}/{key[1]} is suspect: {verdict.suspect}"
+            log.event(LOG, logging.WARNING, "suspect", text, key[0], volume=key[1])
         if bitmap is None or verdict.bitmap != "keep":
             bitmap = self._new_bitmap(key, path, facts.identity, granule, verdict)
             if verdict.bitmap == "all_dirty":

@@ -23,7 +23,7 @@ from bmigrate.breqd.attach import Attacher
 from bmigrate.breqd.leases import Leases
 from bmigrate.breqd.requests import Requests
 from bmigrate.breqd.tracker import Tracker, as_refusal
-from bmigrate.common import config, faults, paths, rpc, state, sysd
+from bmigrate.common import config, faults, log, paths, rpc, state, sysd
 from bmigrate.common.config import Config
 from bmigrate.common.errors import BmigrateError
 from bmigrate.kernel.channel import Channel
@@ -285,7 +285,8 @@ class Daemon:
             error = as_refusal(exc, volume)
             before = self.problems.get(key)
             if before is None or before.message != error.message:
-                LOG.error("volume %s/%s is not tracked: %s", *key, error)
+                text = f"volume {key[0]}/{key[1]} is not tracked: {error}"
+                log.event(LOG, logging.ERROR, "untracked", text, key[0], volume=key[1])
             self.problems[key] = error
             return error
         self.problems.pop(key, None)

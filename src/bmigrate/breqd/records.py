@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Records of the kernel's log become ranges of granules, a whole batch at a time.
 
-Pure. The operation in a record is never looked at: what to ship is decided by reading the device
+Pure. The operation in a record is counted and never heeded: what to ship is decided by reading the device
 (records of different CPUs are unordered, a discard and a write may arrive reversed). A range is
 widened to whole granules and clipped to the volume; a record of a slot that nobody owns is
 reported, never dropped silently.
@@ -23,6 +23,10 @@ _LOW = np.uint64(0xFFFFFFFF)
 _WORDS = np.dtype([("sector", "<u8"), ("meta", "<u8")])
 
 
+def _is_discard(op: Any) -> Any:
+    return (op == abi.OP_DISCARD) | (op == abi.OP_SECURE_ERASE)
+
+
 class Ranges(NamedTuple):
     """A batch as ranges of the concatenated space, and what it adds to the statistics of each slot."""
 
@@ -33,6 +37,7 @@ class Ranges(NamedTuple):
     records: Positions
     written_bytes: Positions
     widened_bytes: Positions
+    discarded_bytes: Positions
     unknown: list[int]
 
 
@@ -94,6 +99,7 @@ class Slots:
         ends = np.where(size > 0, ((end + (np.int64(1) << shift) - 1) >> shift) + base, starts)
         flags = records["flags"]
         widened = (flags & abi.FLAG_WIDENED) != 0
+        discard = _is_discard(records["op"])
         count = abi.MAX_SLOTS
         return Ranges(
             starts,
@@ -102,6 +108,7 @@ class Slots:
             np.bincount(slot, minlength=count),
             np.bincount(slot, weights=size, minlength=count).astype(np.int64),
             np.bincount(slot[widened], weights=size[widened], minlength=count).astype(np.int64),
+            np.bincount(slot[discard], weights=size[discard], minlength=count).astype(np.int64),
             unknown,
         )
 
@@ -141,6 +148,8 @@ class Slots:
         end += base
         if empty:
             end = np.where(sizes > 0, end, begin)
-        counts = np.zeros((3, abi.MAX_SLOTS), dtype=np.int64)
+        counts = np.zeros((4, abi.MAX_SLOTS), dtype=np.int64)
         counts[0, slot], counts[1, slot] = len(records), int(sizes.sum()) * SECTOR
-        return Ranges(begin, end, None, counts[0], counts[1], counts[2], [])
+        if (together >> 48) & 0xFF > abi.OP_WRITE:
+            counts[3, slot] = int(sizes[_is_discard(records["op"])].sum()) * SECTOR
+        return Ranges(begin, end, None, counts[0], counts[1], counts[2], counts[3], [])

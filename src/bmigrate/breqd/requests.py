@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("breqd")
 
+MAX_CELLS = 4096
 Request = dict[str, Any]
 Fields = dict[str, Any]
 Answer = Union[Fields, "rpc._Later"]
@@ -43,6 +44,7 @@ class Requests:
             "detach": self.detach,
             "reload": self.reload,
             "status": self.status,
+            "map": self.map,
             "fence": self.fence,
             "end_session": self.end_session,
             "claim": self.claim,
@@ -135,6 +137,20 @@ class Requests:
             "volumes": volumes,
         }
 
+    def map(self, _connection: Connection, request: Request) -> Fields:
+        """{workload, volume, cells} → {cell_bytes, granule_bytes, dirty: [n], claimed: [n]}: granules per cell."""
+        key = _key(request)
+        item = self.tracker.get(key)
+        cells = int(request.get("cells", 128))
+        if not 1 <= cells <= MAX_CELLS:
+            raise UsageError(f"{cells} is no number of cells", hint=f"1 to {MAX_CELLS}", reason="bad_request")
+        picture = self.tracker.maps.picture(key, cells)
+        return {
+            "granule_bytes": item.bitmap.granule_bytes,
+            "size_bytes": self.tracker.maps.volumes[key].size_bytes,
+            **picture._asdict(),
+        }
+
     def _describe(self, item: Tracked) -> Fields:
         key, maps = item.key, self.tracker.maps
         volume = maps.volumes[key]
@@ -166,6 +182,7 @@ class Requests:
             "written_bytes": item.written_bytes,
             "overflow_regions": regions,
             "widened_bytes": item.widened_bytes,
+            "discarded_bytes": item.discarded_bytes,
             "redirtied_claimed_blocks": volume.redirtied_claimed_blocks,
             "seed_count": item.record.seed_count,
             "resync_count": item.record.resync_count,
@@ -192,8 +209,8 @@ class Requests:
             **dict.fromkeys(
                 (
                     "size_bytes", "granule_bytes", "dirty_bytes", "claimed_bytes", "failed_bytes", "total_records",
-                    "written_bytes", "overflow_regions", "widened_bytes", "redirtied_claimed_blocks", "seed_count",
-                    "resync_count", "claims_outstanding", "oldest_dirty_age_seconds",
+                    "written_bytes", "overflow_regions", "widened_bytes", "discarded_bytes",
+                    "redirtied_claimed_blocks", "seed_count", "resync_count", "claims_outstanding", "oldest_dirty_age_seconds",
                 ),
                 0,
             ),

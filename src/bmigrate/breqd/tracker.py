@@ -20,7 +20,7 @@ from bmigrate.breqd.maps import Key, Maps
 from bmigrate.breqd.records import Slots
 from bmigrate.breqd.selftest import Sample, Witness
 from bmigrate.breqd.track import Track
-from bmigrate.common import blockdev, paths, rpc
+from bmigrate.common import blockdev, log, paths, rpc
 from bmigrate.common.errors import BmigrateError, RefusedError, SuspectError
 from bmigrate.kernel.control import Attachment, Control
 from bmigrate.kernel.errors import KernelError
@@ -40,7 +40,8 @@ class Tracked:
         lost: why the attachment no longer records all writes; empty: it does.
         closing: being detached on request; only records on their way are still taken.
         resync: (id, suspicions at its begin) of the resync under way.
-        records, written_bytes, widened_bytes: consumed since this daemon took the volume.
+        records, written_bytes, widened_bytes, discarded_bytes: consumed since this daemon took the volume; the
+            discarded ones are among the written.
         sectors: size of the volume when it was attached, 512 bytes each.
         witness: whether its writes are seen to be recorded.
     """
@@ -62,6 +63,7 @@ class Tracked:
     records: int = 0
     written_bytes: int = 0
     widened_bytes: int = 0
+    discarded_bytes: int = 0
     seen_events: set[str] = field(default_factory=set)
 
     @property
@@ -99,6 +101,7 @@ class Tracker:
             item.records += int(ranges.records[slot])
             item.written_bytes += int(ranges.written_bytes[slot])
             item.widened_bytes += int(ranges.widened_bytes[slot])
+            item.discarded_bytes += int(ranges.discarded_bytes[slot])
         if ranges.unknown:
             self._strangers(ranges.unknown)
 
@@ -171,7 +174,8 @@ class Tracker:
         record = item.record if item else track.load(*key) or Track(*key)
         record.raise_suspicion(reason)
         record.save()
-        LOG.warning("volume %s/%s is suspect: %s", *key, reason)
+        text = f"volume {key[0]}/{key[1]} is suspect: {reason}"
+        log.event(LOG, logging.WARNING, "suspect", text, key[0], volume=key[1])
 
     def poll(self) -> None:
         """Ask the kernel what became of the attachments; removal and growth of a disk are suspicions."""
@@ -230,7 +234,8 @@ class Tracker:
         before = item.witness.state
         item.witness.take(Sample(written, in_flight, stats.sectors, item.witnessed_at, stats.passthrough))
         if item.witness.blind and before != "blind":
-            LOG.critical("volume %s/%s: THE TRACKER IS BLIND: %s", *item.key, item.witness.blind)
+            text = f"volume {item.key[0]}/{item.key[1]}: THE TRACKER IS BLIND: {item.witness.blind}"
+            log.event(LOG, logging.CRITICAL, "blind", text, item.key[0], volume=item.key[1])
             self.suspect(item.key, f"the tracker is blind: {item.witness.blind}")
         elif item.witness.state != before:
             LOG.info("volume %s/%s: self test: %s", *item.key, item.witness.state)

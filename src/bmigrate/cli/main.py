@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pause": ("pause", "stop shipping a workload for a while; tracking goes on"),
     "resume": ("resume", "go on shipping a workload that was paused"),
     "limit": ("limit", "how fast a workload may be shipped, from now on"),
+    "metrics": ("metrics", "serve metrics for Prometheus (bmigrate-metrics.service)"),
     "ship": ("ship", "the shipping daemon (bmigrate-ship.service)"),
     "boot": ("boot", "start at boot what this host's role allows (bmigrate-boot.service)"),
     "early": ("early", "take the clean flags away before any mount (bmigrate-early.service)"),

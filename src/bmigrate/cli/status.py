@@ -31,6 +31,9 @@ states:  idle          nothing to ship from here (standby, or shipping not allow
          disconnected  no session with the standby; the reason says why; it tries again by itself
          paused        by `bmigrate pause`
          draining, sealed   the last pass of a handover, and after it
+
+--watch draws bars, and a map of each tracked device with its dirty regions, when python3-rich is
+installed and stdout is a terminal; otherwise it prints the table once a second. Ctrl-C ends it.
 """
 
 
@@ -48,15 +51,39 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     if arguments.watch and arguments.json:
         raise UsageError("--watch and --json do not go together", hint="call it again instead", reason="usage")
-    while True:
-        data = collect(arguments.workload)
-        text = render(data)
-        if not arguments.watch:
-            output.emit(data, workload=arguments.workload, as_json=arguments.json, text=text)
-            return 0
-        sys.stdout.write(f"\x1b[H\x1b[2J{text}\n")
-        sys.stdout.flush()
-        time.sleep(1.0)
+    if arguments.watch:
+        return _watch(arguments.workload)
+    data = collect(arguments.workload)
+    output.emit(data, workload=arguments.workload, as_json=arguments.json, text=render(data))
+    return 0
+
+
+def _watch(workload: str | None) -> int:
+    """Until interrupted: drawn by rich where it is installed and there is a terminal, else the table once a second."""
+    from bmigrate.cli import watch
+
+    try:
+        live = watch.Live(lambda: collect(workload), notes, _picture) if sys.stdout.isatty() else None
+    except ImportError:
+        live = None
+    try:
+        if live is not None:
+            live.run()
+        while True:
+            clear = "\x1b[H\x1b[2J" if sys.stdout.isatty() else ""
+            sys.stdout.write(f"{clear}{render(collect(workload))}\n")
+            sys.stdout.flush()
+            time.sleep(1.0)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _picture(workload: str, volume: str, cells: int) -> dict[str, Any] | None:
+    """breqd's map of a volume; None when it does not answer or does not track it."""
+    try:
+        return rpc.call(paths.breqd_socket(), "map", 5.0, workload=workload, volume=volume, cells=cells)
+    except BmigrateError:
+        return None
 
 
 def _ask(path: Any, key: str) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
@@ -137,7 +164,6 @@ def render(data: dict[str, Any]) -> str:
             "LIMITED BY",
         ]
     ]
-    notes = []
     for item in data["workloads"]:
         ship = item["ship"] or {}
         generation = item["generation"]
@@ -156,15 +182,21 @@ def render(data: dict[str, Any]) -> str:
                 ship.get("limiter") or "-",
             ]
         )
-        notes += [f"{item['workload']}: {text}" for text in _notes(item)]
+    lines = notes(data)
+    return bars.table(rows) + ("\n\n" + "\n".join(lines) if lines else "")
+
+
+def notes(data: dict[str, Any]) -> list[str]:
+    """What is not as it should be, in sentences."""
+    found = [f"{item['workload']}: {text}" for item in data["workloads"] for text in _notes(item)]
     for name, daemon in data["daemons"].items():
         if not daemon["up"]:
-            notes.append(f"{name} is down: {daemon['error']['message']} ({daemon['error']['hint']})")
+            found.append(f"{name} is down: {daemon['error']['message']} ({daemon['error']['hint']})")
     kernel = data["kernel"]
-    notes += [f"{item['message']} ({item['hint']})" for item in kernel["warnings"]]
+    found += [f"{item['message']} ({item['hint']})" for item in kernel["warnings"]]
     if kernel["trust"]["signatures_required"]:
-        notes.append(f"this kernel loads signed modules only: {kernel['secure_boot']}")
-    return bars.table(rows) + ("\n\n" + "\n".join(notes) if notes else "")
+        found.append(f"this kernel loads signed modules only: {kernel['secure_boot']}")
+    return found
 
 
 def _notes(item: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Any
 
-from bmigrate.common import paths, state
+from bmigrate.common import log, paths, state
 from bmigrate.common.config import Config
 from bmigrate.common.errors import (
     BmigrateError,
@@ -74,6 +74,7 @@ class Engine(threading.Thread):
         self._sealed_by: str | None = None
         self._drained: dict[str, dict[str, Any]] = {}
         self._unsealed: frozenset[str] = frozenset()
+        self._told: str | None = None
         self._attempt = 0
         self._disconnected_since = time.monotonic()
         self._waiting = Waiting(self.pacer.urgent)
@@ -183,12 +184,25 @@ class Engine(threading.Thread):
         self.wake()
         return session is not None
 
+    def _tell_state(self) -> None:
+        """One entry in the journal for each change of the state that was seen."""
+        name, reason = self.state()
+        if name == self._told:
+            return
+        text = f"workload {self.config.workload}: {self._told or 'started'} -> {name}" + (
+            f": {reason}" if reason else ""
+        )
+        level = logging.WARNING if name in verdict.TROUBLE else logging.INFO
+        log.event(_log, level, "state", text, self.config.workload, state=name, before=self._told)
+        self._told = name
+
     def observe(self, snapshot: Snapshot | None) -> None:
         """Take in breqd's view, sampled by the daemon about once a second; None: breqd does not answer."""
         self.snapshot = snapshot
         if snapshot is not None:
             self.dirty_rate.sample(time.monotonic(), snapshot.written_bytes, snapshot.counting)
             self.pacer.foreground_writes = (self.dirty_rate.bytes_per_second or 0.0) > 1024.0
+        self._tell_state()
         self._waiting.expire(lambda job: status.late(self, job))
 
     def stop(self) -> None:
@@ -236,7 +250,8 @@ class Engine(threading.Thread):
             self._sleep(backoff(self._attempt))
             return
         peer = self.config.peer.name
-        _log.info("workload %s: session of epoch %d with %s", self.config.workload, session.epoch, peer)
+        text = f"workload {self.config.workload}: session of epoch {session.epoch} with {peer}"
+        log.event(_log, logging.INFO, "session", text, self.config.workload, peer=peer, epoch=session.epoch)
         self._attempt = 0
         self.last_error = None
         self.trend.disconnected()
@@ -325,8 +340,9 @@ class Engine(threading.Thread):
             # the walk began after these seeds and visited everything, so each volume was shipped once
             self.record.seeded.update(fresh)
             self.record.save()
+        discarded = after.discarded_bytes - before.discarded_bytes if after.counting == before.counting else 0
         self.trend.finished(
-            before.left_bytes, after.left_bytes, self.predicted(after), self.config.limits.max_drain_seconds
+            before.left_bytes, after.left_bytes, self.predicted(after), self.config.limits.max_drain_seconds, discarded
         )
 
     def predicted(self, snapshot: Snapshot | None) -> float | None:

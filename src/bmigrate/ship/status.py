@@ -117,6 +117,7 @@ def entry(engine: Engine) -> dict[str, Any]:
         "ship_rate_bytes_per_second": _rounded(engine.ship_rate.bytes_per_second, 0),
         "predicted_drain_seconds": _rounded(engine.predicted(shown)),
         "lag_seconds": _rounded(shown.lag_seconds) if shown is not None else None,
+        "trimmed_bytes": engine.trend.trimmed_bytes,
         "shipped_bytes_total": totals.shipped_bytes,
         "zero_bytes_total": totals.zero_bytes,
         "same_bytes_total": totals.same_bytes,

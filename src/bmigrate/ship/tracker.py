@@ -35,6 +35,7 @@ class Tracked:
     written_bytes: int
     seed_count: int
     highest_epoch: int
+    discarded_bytes: int = 0
 
     @property
     def left_bytes(self) -> int:
@@ -71,8 +72,13 @@ class Snapshot:
 
     @property
     def written_bytes(self) -> int:
-        """Running total of what the workload wrote, over all volumes."""
-        return sum(item.written_bytes for item in self.volumes.values())
+        """Running total of what the workload wrote, discards left out, over all volumes."""
+        return sum(item.written_bytes - item.discarded_bytes for item in self.volumes.values())
+
+    @property
+    def discarded_bytes(self) -> int:
+        """Running total of what the workload discarded, over all volumes."""
+        return sum(item.discarded_bytes for item in self.volumes.values())
 
     @property
     def counting(self) -> str:
@@ -97,6 +103,7 @@ def snapshots(answer: dict[str, Any]) -> dict[str, Snapshot]:
             written_bytes=int(item.get("written_bytes") or 0),
             seed_count=int(item.get("seed_count") or 0),
             highest_epoch=int(item.get("highest_epoch") or 0),
+            discarded_bytes=int(item.get("discarded_bytes") or 0),
         )
     return {name: Snapshot(str(answer["incarnation"]), volumes) for name, volumes in grouped.items()}
 

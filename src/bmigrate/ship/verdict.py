@@ -22,6 +22,7 @@ STATES = (
     "draining",
     "sealed",
 )
+TROUBLE = ("losing_ground", "suspect", "disconnected")
 HELPED = 0.9
 """A pass helped when it left less than this share of what was there before it."""
 
@@ -66,16 +67,34 @@ class Facts:
 
 @dataclass
 class Trend:
-    """Whether passes help: remembers how many in a row did not."""
+    """Whether passes help: remembers how many in a row did not, and what a trim explains."""
 
     unhelpful: int = 0
     passes: int = 0
     caught_up: bool = False
+    trimmed_bytes: int = 0
 
-    def finished(self, left_before: int, left_after: int, predicted: float | None, limit_seconds: float) -> None:
-        """Take in one complete pass."""
+    def finished(
+        self,
+        left_before: int,
+        left_after: int,
+        predicted: float | None,
+        limit_seconds: float,
+        discarded_bytes: int = 0,
+    ) -> None:
+        """Take in one complete pass.
+
+        Args:
+            discarded_bytes: that the workload discarded meanwhile. When they are most of what is left, the pass says
+                nothing about who is faster: a trim of the file system comes once, and its zeroes ship at once.
+        """
         self.passes += 1
         self.caught_up = left_after == 0 or (predicted is not None and predicted <= limit_seconds)
+        if discarded_bytes and 2 * discarded_bytes >= left_after and not self.caught_up:
+            self.trimmed_bytes += discarded_bytes
+            return
+        if self.caught_up:
+            self.trimmed_bytes = 0
         if self.caught_up or left_after < left_before * HELPED:
             self.unhelpful = 0
         else:
@@ -85,6 +104,7 @@ class Trend:
         """A new session begins: nothing is known until a pass is complete."""
         self.unhelpful = 0
         self.caught_up = False
+        self.trimmed_bytes = 0
 
 
 def judge(facts: Facts, trend: Trend) -> tuple[str, str | None]:
@@ -106,7 +126,11 @@ def judge(facts: Facts, trend: Trend) -> tuple[str, str | None]:
         return "losing_ground", _losing(facts)
     if trend.caught_up:
         return "in_step", None
-    return "catching_up", None
+    return "catching_up", _trimmed(trend.trimmed_bytes) if trend.trimmed_bytes else None
+
+
+def _trimmed(count: int) -> str:
+    return f"the workload discarded {human_bytes(count)} (fstrim, or files removed): they are looked at once"
 
 
 def _losing(facts: Facts) -> str:

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What a campaign does to the hosts: each fault is a function on a Stage that returns whether it happened.
+
+A fault happens under load, at a moment that comes from the seed. When it returns, whatever it took away is back
+(power, link, room on the disk), so that the judge may wait for everything to be in step by itself.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from typing import Callable, NamedTuple
+
+from lab import LabError, wait
+from tests.campaign import judge
+from tests.campaign.stage import Stage
+from tests.vm.processes import ON_STANDBY, find
+from tests.vm.rig import LIMIT_SECONDS, UNITS, WORKLOAD, Refused
+
+NOT_REACHED_SECONDS = 45.0
+FILLER = "/var/lib/bmigrate/.campaign-filler"
+SSHD = "/etc/ssh/sshd_config.d/00-campaign.conf"
+
+#: Fault points by program, and up to which visit of it the kill may come.
+POINTS: dict[str, dict[str, int]] = {
+    "breqd": {
+        "breqd.batch": 40, "breqd.marked": 40, "breqd.consumed": 40, "breqd.claimed": 30, "breqd.acknowledged": 30,
+        "breqd.fenced": 1, "breqd.bitmap_sync": 3, "breqd.track_replace": 2,
+        "breqd.track_replaced": 2,
+    },
+    "ship": {
+        "ship.claimed": 30, "ship.read": 60, "ship.payload": 60, "ship.send": 60, "ship.sent": 30, "ship.synced": 20,
+        "ship.acked": 20,
+    },
+    "hold": {"hold.save": 2, "hold.saved": 2, "hold.admitted": 1, "hold.granted": 1},
+    "breceive": {
+        "receive.frame": 60, "receive.write": 60, "receive.fdatasync": 20, "receive.synced": 20, "receive.noted": 20,
+        "receive.ack_written": 20,
+    },
+}  # fmt: skip
+
+
+class Fault(NamedTuple):
+    """A kind of fault, how often it is in a deck, and what it does."""
+
+    name: str
+    weight: int
+    act: Callable[[Stage], bool]
+
+
+def _send(stage: Stage, target: str, number: signal.Signals) -> dict[str, int] | None:
+    """Signal a process of the data path; None when there was none just then."""
+    host = stage.standby if target in ON_STANDBY else stage.primary
+    who: dict[str, int] = {}
+
+    def sent() -> bool:
+        # There may be none for a moment, between two sessions.
+        try:
+            victim = find(stage.rig, host, target)
+            if not victim:
+                return False
+            who.update(pid=victim["pid"], ticks=victim["ticks"])
+            stage.rig.agents[host].call("signal", number=int(number), **who)
+        except LabError as error:
+            if "ProcessLookupError" not in str(error):
+                raise
+            return False
+        return True
+
+    return who if _reached(sent) else None
+
+
+def _reached(condition: Callable[[], bool]) -> bool:
+    """Whether it became true in time; False is no failure: the fault did not happen, and does not count."""
+    end = time.monotonic() + NOT_REACHED_SECONDS
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def kill(target: str) -> Callable[[Stage], bool]:
+    """SIGKILL to one process."""
+
+    def act(stage: Stage) -> bool:
+        stage.until_claims()
+        return _send(stage, target, signal.SIGKILL) is not None
+
+    return act
+
+
+def stop(target: str) -> Callable[[Stage], bool]:
+    """SIGSTOP to one process for a while; some watchdogs end it meanwhile."""
+
+    def act(stage: Stage) -> bool:
+        stage.until_claims()
+        who = _send(stage, target, signal.SIGSTOP)
+        if who is None:
+            return False
+        stage.outage(stage.random.uniform(0.5, 20.0))
+        host = stage.standby if target in ON_STANDBY else stage.primary
+        try:
+            stage.rig.agents[host].call("signal", number=int(signal.SIGCONT), **who)
+        except LabError as error:
+            if "ProcessLookupError" not in str(error):
+                raise
+            stage.details["ended"] = True
+        return True
+
+    return act
+
+
+def at_point(program: str, name: str) -> Callable[[Stage], bool]:
+    """SIGKILL of a program to itself at a fault point, at a visit that comes from the seed."""
+
+    def act(stage: Stage) -> bool:
+        plan = f"{name}=kill@{stage.random.randint(1, POINTS[program][name])}"
+        stage.details["plan"] = plan
+        return _receiver_dies(stage, plan) if program == "breceive" else _unit_dies(stage, program, plan)
+
+    return act
+
+
+def _unit_dies(stage: Stage, program: str, plan: str) -> bool:
+    host = stage.standby if program == "hold" else stage.primary
+    unit, rig = UNITS[program], stage.rig
+    drop_in = f"/run/systemd/system/{unit}.d/campaign.conf"
+    before = stage.properties(host, program)["MainPID"]
+    rig.run(host, "mkdir", "-p", drop_in.rsplit("/", 1)[0])
+    rig.run(host, "sh", "-c", f"printf '[Service]\\nEnvironment=BMIGRATE_FAULTS={plan}\\n' > {drop_in}")
+    rig.run(host, "systemctl", "daemon-reload")
+    rig.run(host, "systemctl", "restart", "--no-block", unit)
+
+    def started() -> bool:
+        now = stage.properties(host, program)
+        return now["MainPID"] not in ("0", before) or now["NRestarts"] != "0"
+
+    wait(started, LIMIT_SECONDS, f"{unit} to be started with a plan", 0.05)
+    # Whatever is started from now on has no plan: it dies once.
+    rig.run(host, "rm", drop_in)
+    rig.run(host, "systemctl", "daemon-reload")
+    if program == "hold":
+        rig.ship(stage.primary, "reconnect", workload=WORKLOAD)
+    return _reached(lambda: stage.properties(host, program)["NRestarts"] != "0")
+
+
+def _receiver_dies(stage: Stage, plan: str) -> bool:
+    """sshd gives a receiver its environment; its configuration says nothing any more once the receiver has started."""
+    rig, host = stage.rig, stage.standby
+    rig.run(host, "sh", "-c", f"echo 'SetEnv BMIGRATE_FAULTS={plan}' > {SSHD} && systemctl reload ssh")
+    epoch = stage.epoch_on_disk()
+    try:
+        rig.ship(stage.primary, "reconnect", workload=WORKLOAD)
+
+        def with_plan() -> bool:
+            receiver = find(rig, host, "breceive")
+            if not receiver:
+                return False
+            text = rig.agents[host].call("run", argv=["cat", f"/proc/{receiver['pid']}/environ"])["stdout"]
+            return plan in text
+
+        # It may die before it was seen; the epoch tells.
+        stage.details["seen"] = _reached(lambda: with_plan() or stage.epoch_on_disk() >= epoch + 2)
+    finally:
+        rig.run(host, "sh", "-c", f"rm {SSHD} && systemctl reload ssh")
+    return _reached(lambda: stage.epoch_on_disk() >= epoch + 2)
+
+
+def cut_link(stage: Stage) -> bool:
+    """The network goes away for a while, and the devices are judged before it is back."""
+    stage.until_claims()
+    stage.rig.lab.link(False, stage.random.choice((None, stage.primary, stage.standby)))
+    try:
+        stage.outage(stage.random.uniform(0.5, 25.0))
+        stage.quiet()
+        judge.nothing_is_missing(stage)
+    finally:
+        stage.rig.lab.link(True)
+    return True
+
+
+def cut_link_and_kill(target: str) -> Callable[[Stage], bool]:
+    """The network goes away, and a process dies before it is back."""
+
+    def act(stage: Stage) -> bool:
+        stage.until_claims()
+        stage.rig.lab.link(False)
+        try:
+            stage.outage(stage.random.uniform(0.1, 3.0))
+            hit = _send(stage, target, signal.SIGKILL) is not None
+            stage.outage(stage.random.uniform(0.1, 10.0))
+        finally:
+            stage.rig.lab.link(True)
+        return hit
+
+    return act
+
+
+def cut_power_of_standby(stage: Stage) -> bool:
+    """It loses what it had not flushed; what is missing must be dirty or claimed, before it is back."""
+    stage.until_claims()
+    stage.rig.power_cut(stage.standby)
+    stage.outage(stage.random.uniform(0.1, 3.0))
+    if stage.random.random() < 0.3:
+        stage.details["and"] = "breqd"
+        _send(stage, "breqd", signal.SIGKILL)
+    stage.quiet()
+    judge.nothing_is_missing(stage)
+    stage.rig.power_on(stage.standby)
+    return True
+
+
+def cut_power_of_primary(stage: Stage) -> bool:
+    """It comes back suspect; nobody is asked to compare anything."""
+    stage.until_claims()
+    stage.rig.power_cut(stage.primary)
+    stage.lost()
+    stage.rig.power_on(stage.primary)
+    stage.details["suspect"] = stage.rig.tracked(stage.primary)["suspect"]
+    return True
+
+
+def cut_power_of_both(stage: Stage) -> bool:
+    """The whole site."""
+    stage.until_claims()
+    hosts = [stage.primary, stage.standby]
+    stage.random.shuffle(hosts)
+    for host in hosts:
+        stage.rig.power_cut(host)
+    stage.lost()
+    stage.random.shuffle(hosts)
+    for host in hosts:
+        stage.rig.power_on(host)
+    return True
+
+
+def fill_disk(side: str) -> Callable[[Stage], bool]:
+    """No room under the state, and a process dies meanwhile."""
+
+    def act(stage: Stage) -> bool:
+        host = stage.primary if side == "primary" else stage.standby
+        # What fallocate leaves goes to small files, down to the last block.
+        script = (
+            f"fallocate -l $(df --output=avail -B1 /var/lib/bmigrate | tail -1) {FILLER} 2>/dev/null; "
+            f"dd if=/dev/zero of={FILLER}.rest bs=64k 2>/dev/null; dd if=/dev/zero of={FILLER}.end bs=512 2>/dev/null; "
+            "df --output=avail -B1 /var/lib/bmigrate | tail -1"
+        )
+        stage.details["left_bytes"] = int(stage.rig.run(host, "sh", "-c", script, timeout_seconds=300).strip())
+        try:
+            targets = ("breqd", "bmigrate") if side == "primary" else ("hold", "breceive")
+            hit = _send(stage, stage.random.choice(targets), signal.SIGKILL) is not None
+            stage.outage(stage.random.uniform(1.0, 10.0))
+        finally:
+            stage.rig.run(host, "sh", "-c", f"rm -f {FILLER} {FILLER}.rest {FILLER}.end")
+        return hit
+
+    return act
+
+
+def disk_errors(side: str, command: str) -> Callable[[Stage], bool]:
+    """The fault disk of one side answers some commands with EIO."""
+
+    def act(stage: Stage) -> bool:
+        host = stage.primary if side == "primary" else stage.standby
+        stage.disk_fails(host, command, stage.random.randint(1, 4))
+        try:
+            return _reached(lambda: stage.disk_failures_left(host) == 0)
+        finally:
+            stage.disk_fails(host, command, 0)
+
+    return act
+
+
+def reconnect(stage: Stage) -> bool:
+    """The operator asks for new sessions, one after the other."""
+    for _ in range(stage.random.randint(1, 4)):
+        stage.until_claims()
+        try:
+            stage.rig.ship(stage.primary, "reconnect", workload=WORKLOAD)
+        except Refused:
+            return False
+    return True
+
+
+FAULTS: tuple[Fault, ...] = (
+    *(Fault(f"kill {target}", 2, kill(target)) for target in ("breqd", "bmigrate", "breceive", "hold")),
+    *(Fault(f"kill {target}", 1, kill(target)) for target in ("ssh-client", "ssh-server")),
+    *(Fault(f"stop {target}", 1, stop(target)) for target in ("breqd", "bmigrate", "breceive", "hold", "ssh-client")),
+    *(Fault(f"kill at {name}", 1, at_point(program, name)) for program, names in POINTS.items() for name in names),
+    Fault("link", 4, cut_link),
+    *(Fault(f"link and kill {target}", 1, cut_link_and_kill(target)) for target in ("breqd", "bmigrate", "hold")),
+    Fault("power of the standby", 5, cut_power_of_standby),
+    Fault("power of the primary", 4, cut_power_of_primary),
+    Fault("power of both", 2, cut_power_of_both),
+    Fault("full disk, primary", 2, fill_disk("primary")),
+    Fault("full disk, standby", 2, fill_disk("standby")),
+    Fault("read errors, primary", 2, disk_errors("primary", "read")),
+    Fault("write errors, standby", 2, disk_errors("standby", "write")),
+    Fault("flush errors, standby", 2, disk_errors("standby", "flush")),
+    Fault("new sessions", 1, reconnect),
+)
+
+
+def schedule(seed: int, count: int) -> list[Fault]:
+    """The first ``count`` faults of a seed: decks of all kinds, each shuffled; a longer one begins like a shorter."""
+    chosen: list[Fault] = []
+    deck_number = 0
+    while len(chosen) < count:
+        deck = [fault for fault in FAULTS for _ in range(fault.weight)]
+        random.Random(f"{seed}/deck/{deck_number}").shuffle(deck)
+        chosen += deck
+        deck_number += 1
+    return chosen[:count]
