@@ -354,8 +354,9 @@ def test_the_picture_counts_every_block_once(size: int, marks: list[tuple[int, i
     maps, other = Maps(), ("w", "other")
     for name, length in ((other, 5000 * GRANULE), (("w", "v"), size)):
         blocks = -(-length // GRANULE)
-        empty = [np.zeros(-(-blocks // 8), dtype=np.uint8) for _ in range(2)]
-        maps.add(name, length, GRANULE, *empty, 0.0)
+        map_bytes = -(-blocks // 8)
+        empty, failed = np.zeros(map_bytes, dtype=np.uint8), np.zeros(map_bytes, dtype=np.uint8)
+        maps.add(name, length, GRANULE, empty, failed, 0.0)
     maps.mark_extents(other, [[0, 5000 * GRANULE]], 1.0)
     maps.mark_extents(("w", "v"), [[start * GRANULE, count * GRANULE] for start, count in marks], 1.0)
     taken = maps.claim(("w", "v"), 40 * GRANULE, 0)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from bmigrate.common import rpc
 from bmigrate.common.config import Limits
-from bmigrate.common.errors import PhaseError, RefusedError, SuspectError, UsageError
+from bmigrate.common.errors import BmigrateError, PhaseError, RefusedError, SuspectError, UsageError
 from bmigrate.ship import handshake
 from bmigrate.ship.engine import Engine
 from bmigrate.ship.jobs import Job
@@ -211,7 +212,7 @@ def test_resync_under_writes_that_is_killed_begins_anew(world: World) -> None:
     for _ in range(50):
         at = world.random.randrange(world.volumes["data"] // 512) * 512
         world.write(at, world.random.randbytes(512), recorded=False)
-    world.receiver_faults("receive.frame=kill@6")
+    world.receiver_faults("receive.write=kill@4")
     world.breqd._op_suspect({"workload": "wl", "volume": "data", "reason": "the host crashed"})
     engine.reconnect()
     wait(lambda: _epoch(engine) >= 3, "the session after the killed one")
@@ -236,6 +237,41 @@ def test_foreign_write_on_the_standby_is_found_and_repaired(world: World) -> Non
     wait(lambda: world.breqd.items["wl", "data"].record.resyncs == 1, "a resync")
     world.until(engine, "in_step")
     assert world.beta.status()["suspect"] is None
+    world.check_equal()
+
+
+def test_a_drain_interrupts_a_verify_and_is_not_given_its_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was asked for is taken before the session goes on: the drain's proof is its own."""
+    world = World(tmp_path, monkeypatch, {"data": 40 * MIB})
+    try:
+        _drain_during_a_verify(world)
+    finally:
+        world.close()
+
+
+def _drain_during_a_verify(world: World) -> None:
+    world.receiver_faults("receive.frame=delay:0.1")
+    engine = world.engine()
+    world.until(engine, "in_step")
+    refused: list[BmigrateError] = []
+
+    def verify() -> None:
+        try:
+            world.job(engine, "verify")
+        except BmigrateError as error:
+            refused.append(error)
+
+    thread = threading.Thread(target=verify)
+    thread.start()
+    wait(lambda: (engine.progress or {}).get("done_bytes", 0) > 0, "the verify to compare")
+    world.write(3 * GRANULE, world.random.randbytes(5 * GRANULE))
+    epoch = _epoch(engine)
+    assert len(world.drain(engine)["digest"]) == 64
+    thread.join(60)
+    assert [error.reason for error in refused] == ["interrupted"]
+    assert _epoch(engine) == epoch, "the drain needed another session"
     world.check_equal()
 
 

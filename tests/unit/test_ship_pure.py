@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from bmigrate.common.state import WorkloadState
-from bmigrate.ship import gentle, pacing, rates, resync, verdict, wanted, zeros
+from bmigrate.ship import compare, gentle, pacing, rates, verdict, wanted, zeros
 from bmigrate.ship.ledger import Ledger
 from bmigrate.ship.window import Claim, ProtocolError, Window
 
@@ -171,7 +171,7 @@ def test_differing_names_exactly_the_chunks_that_differ(flips: list[bool], tail:
     for number, flip in enumerate(flips):
         if flip:
             other[number * chunk] = 1
-    runs = resync.differing(resync.digests(own, chunk), resync.digests(bytes(other), chunk), length, chunk)
+    runs = compare.differing(compare.digests(own, chunk), compare.digests(bytes(other), chunk), length, chunk)
     found = {at // chunk for start, size in runs for at in range(start, start + size)}
     assert found == {number for number, flip in enumerate(flips) if flip}
     assert all(start + size <= length for start, size in runs)
@@ -179,7 +179,7 @@ def test_differing_names_exactly_the_chunks_that_differ(flips: list[bool], tail:
 
 def test_digests_are_blake2b_of_128_bits() -> None:
     """The same as breceive computes."""
-    assert resync.digests(b"ab", 1) == b"".join(hashlib.blake2b(c, digest_size=16).digest() for c in (b"a", b"b"))
+    assert compare.digests(b"ab", 1) == b"".join(hashlib.blake2b(c, digest_size=16).digest() for c in (b"a", b"b"))
 
 
 # -- pacing ------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def test_hostile_frames_are_refused_and_nothing_lands_out_of_bounds(fuzzer: Fuzz
 
 
 def test_a_missing_check_of_bounds_is_seen(fuzzer: Fuzzer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StandbyVolume, "_check", lambda self, what, offset, length: None)
+    monkeypatch.setattr(StandbyVolume, "check", lambda self, what, offset, length: None)
     with pytest.raises((AssertionError, OSError, OverflowError)):
         fuzzer.run(20_000)
 
@@ -40,6 +40,6 @@ def test_a_missing_check_of_bounds_is_seen(fuzzer: Fuzzer, monkeypatch: pytest.M
 def test_a_missing_check_of_the_table_is_seen(fuzzer: Fuzzer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frames, "_check_table", lambda frame: None)
     monkeypatch.setattr(StandbyVolume, "check_extents", lambda self, parts: None)
-    monkeypatch.setattr(StandbyVolume, "_check", lambda self, what, offset, length: None)
+    monkeypatch.setattr(StandbyVolume, "check", lambda self, what, offset, length: None)
     with pytest.raises((AssertionError, OSError, OverflowError, ValueError)):
         fuzzer.run(20_000)

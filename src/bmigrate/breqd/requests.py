@@ -210,7 +210,8 @@ class Requests:
                 (
                     "size_bytes", "granule_bytes", "dirty_bytes", "claimed_bytes", "failed_bytes", "total_records",
                     "written_bytes", "overflow_regions", "widened_bytes", "discarded_bytes",
-                    "redirtied_claimed_blocks", "seed_count", "resync_count", "claims_outstanding", "oldest_dirty_age_seconds",
+                    "redirtied_claimed_blocks", "seed_count", "resync_count", "claims_outstanding",
+                    "oldest_dirty_age_seconds",
                 ),
                 0,
             ),

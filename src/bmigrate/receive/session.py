@@ -16,6 +16,7 @@ from bmigrate.common import faults
 from bmigrate.common.errors import RefusedError
 from bmigrate.receive.ackfile import AckFile
 from bmigrate.receive.flusher import Flusher
+from bmigrate.receive.hasher import Hasher
 from bmigrate.receive.link import Link
 from bmigrate.receive.volumes import StandbyVolume
 from bmigrate.wire.frames import Frame, FrameType
@@ -37,6 +38,7 @@ class Session:
         self._link = link
         self._volumes = volumes
         self._flusher = Flusher(link, volumes, acks)
+        self._hasher = Hasher(link)
         self._clear_suspect = clear_suspect
         self._last_sync = 0
         self._handlers: dict[FrameType, Callable[[Frame], None]] = {
@@ -77,6 +79,7 @@ class Session:
     def end(self) -> None:
         """No ACK leaves after this; due before the volumes and the note are closed, which a flush may be using."""
         self._flusher.stop()
+        self._hasher.stop()
 
     def handle(self, frame: Frame) -> None:
         """Do what one frame asks for.
@@ -117,11 +120,11 @@ class Session:
         self._flusher.wanted(frame.aux, frame.seq)
 
     def _hash(self, frame: Frame) -> None:
-        answer = self._volume(frame).hashes(frame.offset, frame.aux, frame.chunk_bytes(), self._link.keep_alive)
-        self._link.send(FrameType.HASHES, volume=frame.volume, offset=frame.offset, aux=frame.aux, payload=answer)
+        self._hasher.hash(self._volume(frame), frame.volume, frame.offset, frame.aux, frame.chunk_bytes())
 
     def _reread(self, frame: Frame) -> None:
         extents = frame.extents()
+        self._hasher.settle()  # answers leave in the order of the requests
         answer = self._volume(frame).digests(extents, self._link.keep_alive)
         self._link.send(FrameType.DIGESTS, volume=frame.volume, aux=len(extents), payload=answer)
 
@@ -131,6 +134,7 @@ class Session:
             raise RefusedError(
                 "RESYNC_DONE before the SYNC of what the resync wrote", volume=volume.name, reason="bad_sequence"
             )
+        self._hasher.settle()
         self._clear_suspect(volume.name)
         log.info("volume %s was compared and is no longer suspect", volume.name)
         self._link.send(FrameType.RESYNC_DONE, volume=frame.volume)

@@ -86,7 +86,7 @@ class StandbyVolume:
             RefusedError: out of bounds, or not whole blocks.
         """
         for offset, data in parts:
-            self._check("EXTENTS", offset, len(data))
+            self.check("EXTENTS", offset, len(data))
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write `data` at `offset` (bytes). The buffer must be aligned in memory; it is not copied.
@@ -94,7 +94,7 @@ class StandbyVolume:
         Raises:
             RefusedError: out of bounds, not whole blocks, or the device failed.
         """
-        self._check("DATA", offset, len(data))
+        self.check("DATA", offset, len(data))
         if faults.point("receive.write") == "corrupt":
             data[0] ^= 0xFF
         self._writes += 1
@@ -108,7 +108,7 @@ class StandbyVolume:
 
     def zero(self, offset: int, length: int, alive: Alive) -> None:
         """Make `length` bytes at `offset` read back as zeroes; `alive` is called between long steps."""
-        self._check("ZERO", offset, length)
+        self.check("ZERO", offset, length)
         self._writes += 1
         end = offset + length
         try:
@@ -143,22 +143,22 @@ class StandbyVolume:
             raise failed from error
         self._synced = writes
 
-    def hashes(self, offset: int, length: int, chunk_bytes: int, alive: Alive) -> bytes:
-        """16-byte BLAKE2b digests of each chunk of a range, read from the device past the cache."""
-        self._check("HASH", offset, length)
-        end = offset + length
-        result = []
-        while offset < end:
-            step = min(chunk_bytes, end - offset)
-            result.append(self._digest(offset, step, frames.HASH_DIGEST_BYTES))
-            offset += step
-            alive()
-        return b"".join(result)
+    def read_into(self, view: memoryview, offset: int) -> memoryview:
+        """Fill a view, aligned in memory, from the device past the cache; returns the view.
+
+        Raises:
+            RefusedError: reason ``io_error``.
+        """
+        try:
+            blockdev.read_exactly(self.fd, view, offset)
+        except OSError as error:
+            raise self._failed(f"read of {len(view)} bytes at offset {offset}", error) from error
+        return view
 
     def digests(self, extents: list[tuple[int, int]], alive: Alive) -> bytes:
         """32-byte BLAKE2b digest of each extent, read from the device past the cache."""
         for offset, length in extents:
-            self._check("REREAD", offset, length)
+            self.check("REREAD", offset, length)
         result = []
         for offset, length in extents:
             result.append(self._digest(offset, length, frames.EXTENT_DIGEST_BYTES))
@@ -188,7 +188,12 @@ class StandbyVolume:
             yield view
             offset += step
 
-    def _check(self, what: str, offset: int, length: int) -> None:
+    def check(self, what: str, offset: int, length: int) -> None:
+        """Refuse what is not whole blocks within the volume; ``what`` names the frame.
+
+        Raises:
+            RefusedError: reason ``out_of_bounds`` or ``misaligned``.
+        """
         if offset + length > self.limit_bytes:
             raise RefusedError(
                 f"{what} frame for bytes {offset} to {offset + length} of a volume of {self.limit_bytes} bytes",

@@ -25,68 +25,25 @@ first, then breqd; a death in between or before finds at least one of them, and 
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections import deque
-from typing import Callable, NamedTuple
+from typing import Callable
 
 from bmigrate.common import faults, ranges
 from bmigrate.common.errors import DefectError, RefusedError
+from bmigrate.ship.compare import Comparison, Piece
 from bmigrate.ship.pacer import Pacer
 from bmigrate.ship.passes import Sender
 from bmigrate.ship.readahead import CLAIM_BYTES
 from bmigrate.ship.session import Session
 from bmigrate.ship.source import READ_BYTES, SourceVolume
 from bmigrate.ship.window import Claim
-from bmigrate.wire import frames
 from bmigrate.wire.frames import FrameType
 
-PIECES_UNDER_WAY = 8
 
+class _Pending:
+    """A claim of which pieces are being compared."""
 
-def digests(data: bytes, chunk_bytes: int) -> bytes:
-    """16-byte BLAKE2b digests of each chunk, concatenated, as in a HASHES frame."""
-    view = memoryview(data)
-    return b"".join(
-        hashlib.blake2b(view[start : start + chunk_bytes], digest_size=frames.HASH_DIGEST_BYTES).digest()
-        for start in range(0, len(data), chunk_bytes)
-    )
-
-
-def differing(own: bytes, other: bytes, length: int, chunk_bytes: int) -> list[tuple[int, int]]:
-    """(offset, length) of the runs of chunks whose digests differ, relative to the piece.
-
-    Args:
-        own, other: concatenated digests of the same range. length: of the range in bytes.
-    """
-    size = frames.HASH_DIGEST_BYTES
-    if own == other:
-        return []
-    return ranges.merge(
-        (at * chunk_bytes, min(chunk_bytes, length - at * chunk_bytes))
-        for at in range(len(own) // size)
-        if own[at * size : at * size + size] != other[at * size : at * size + size]
-    )
-
-
-def ask(session: Session, volume: SourceVolume, offset: int, length: int) -> None:
-    """Ask the standby for the digests of a range, one per granule of the source."""
-    session.request(
-        FrameType.HASH,
-        FrameType.HASHES,
-        frames.chunk_count(length, volume.granule_bytes),
-        volume=volume.index,
-        offset=offset,
-        aux=length,
-        payload=frames.encode_chunk(volume.granule_bytes),
-    )
-
-
-class _Piece(NamedTuple):
-    claim: Claim
-    offset: int
-    data: bytes
-    last: bool
+    def __init__(self, claim: Claim, pieces: int) -> None:
+        self.claim, self.pieces = claim, pieces
 
 
 class Resync:
@@ -111,7 +68,6 @@ class Resync:
         self._interrupted = interrupted
         self._progress = progress
         self._sender = Sender(session, pacer)
-        self._under_way: deque[_Piece] = deque()
         self._compared_bytes = 0
         self.different_bytes = 0
 
@@ -139,19 +95,29 @@ class Resync:
         session.breqd(lambda tracker: tracker.resync_end(name, resync_id))
 
     def _walk(self) -> None:
-        offset = 0
-        while offset < self._volume.size_bytes:
-            if self._interrupted():
-                raise RefusedError("the resync was interrupted", volume=self._volume.name, reason="interrupted")
-            claim = self._session.claim(self._volume, offset, CLAIM_BYTES)
-            if claim is None:
-                break
-            read_before = self._pacer.spent["source_read"]
-            self._begin(claim)
-            offset = claim.next_offset
-            self._pacer.rest(self._pacer.spent["source_read"] - read_before)
-        while self._under_way:
-            self._finish_oldest()
+        comparison = Comparison(self._session, self._pacer, self._compared)
+        try:
+            offset = 0
+            while offset < self._volume.size_bytes:
+                if self._interrupted():
+                    # Every answer that was asked for is taken, and every claim sent: the session may go on.
+                    comparison.finish()
+                    self._sender.flush()
+                    raise RefusedError("the resync was interrupted", volume=self._volume.name, reason="interrupted")
+                claim = self._session.claim(self._volume, offset, CLAIM_BYTES)
+                if claim is None:
+                    break
+                self._pacer.enter()
+                read_before = self._pacer.spent["source_read"]
+                pieces = [piece for extent in claim.extents for piece in ranges.pieces(*extent, READ_BYTES)]
+                pending = _Pending(claim, len(pieces))
+                for start, length in pieces:
+                    comparison.put(self._volume, start, length, pending)
+                offset = claim.next_offset
+                self._pacer.rest(self._pacer.spent["source_read"] - read_before)
+            comparison.finish()
+        finally:
+            comparison.close()
         self._sender.flush()
         if self._compared_bytes < self._volume.size_bytes:
             # Whatever kept blocks from being claimed: what was not compared is not proved.
@@ -162,37 +128,21 @@ class Resync:
                 reason="incomplete",
             )
 
-    def _begin(self, claim: Claim) -> None:
-        pieces = [piece for extent in claim.extents for piece in ranges.pieces(*extent, READ_BYTES)]
-        for number, (offset, length) in enumerate(pieces):
-            began = time.monotonic()
-            data = self._volume.read(offset, length)
-            self._pacer.charge("source_read", time.monotonic() - began)
-            ask(self._session, self._volume, offset, length)
-            self._under_way.append(_Piece(claim, offset, data, number == len(pieces) - 1))
-            if len(self._under_way) > PIECES_UNDER_WAY:
-                self._finish_oldest()
-
-    def _finish_oldest(self) -> None:
-        piece = self._under_way.popleft()
+    def _compared(self, piece: Piece, runs: list[tuple[int, int]]) -> None:
+        pending: _Pending = piece.tag
         granule = self._volume.granule_bytes
-        own = digests(piece.data, granule)
-        began = time.monotonic()
-        other = self._session.answer()
-        self._pacer.charge("standby", time.monotonic() - began)
-        runs = differing(own, other, len(piece.data), granule)
         self.different_bytes += ranges.total(runs)
         if piece.offset == 0:
             runs = ranges.merge([*runs, (0, min(granule, len(piece.data)))])
-        view = memoryview(piece.data)
         self._sender.send(
             self._volume,
-            piece.claim,
-            [(piece.offset + start, view[start : start + length]) for start, length in runs],
+            pending.claim,
+            [(piece.offset + start, piece.data[start : start + length]) for start, length in runs],
         )
         self._compared_bytes += len(piece.data)
         self._progress(len(piece.data))
-        if piece.last:
-            claim = piece.claim
+        pending.pieces -= 1
+        if not pending.pieces:
+            claim = pending.claim
             claim.same_bytes = claim.total_bytes - claim.data_bytes - claim.zero_bytes
             self._sender.finished(claim)

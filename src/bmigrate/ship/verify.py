@@ -13,15 +13,14 @@ Promises: it marks nothing and repairs nothing by itself; what it reports was se
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Callable
 
 from bmigrate.common import ranges
 from bmigrate.common.errors import RefusedError
+from bmigrate.ship.compare import Comparison, Piece
 from bmigrate.ship.pacer import Pacer
 from bmigrate.ship.passes import run_pass
-from bmigrate.ship.resync import PIECES_UNDER_WAY, ask, differing, digests
 from bmigrate.ship.session import Session
 from bmigrate.ship.source import READ_BYTES, SourceVolume
 
@@ -75,7 +74,7 @@ def verify(session: Session, pacer: Pacer, interrupted: Callable[[], bool], prog
     candidates: dict[str, set[int]] = {}
     pacer.begin()
     for volume in session.volumes:
-        found = _compare(session, volume, [(0, volume.size_bytes)], interrupted, progress)
+        found = _compare(session, pacer, volume, [(0, volume.size_bytes)], interrupted, progress)
         outcome.compared_bytes += volume.size_bytes
         if found:
             candidates[volume.name] = found
@@ -109,7 +108,7 @@ def _round(
     for volume in session.volumes:
         if volume.name in candidates:
             extents = _extents(volume, candidates[volume.name])
-            remaining[volume.name] = _compare(session, volume, extents, interrupted, lambda count: None)
+            remaining[volume.name] = _compare(session, pacer, volume, extents, interrupted, lambda count: None)
     session.barrier()
     dirty: dict[str, list[Extent]] = {}
 
@@ -139,6 +138,7 @@ def _extents(volume: SourceVolume, blocks: set[int] | list[int]) -> list[Extent]
 
 def _compare(
     session: Session,
+    pacer: Pacer,
     volume: SourceVolume,
     extents: list[Extent],
     interrupted: Callable[[], bool],
@@ -146,26 +146,25 @@ def _compare(
 ) -> set[int]:
     """Numbers of the granules of the extents whose two sides have different digests right now."""
     found: set[int] = set()
-    under_way: deque[tuple[int, bytes]] = deque()
 
-    def finish_oldest() -> None:
-        offset, data = under_way.popleft()
-        own = digests(data, volume.granule_bytes)
-        for start, length in differing(own, session.answer(), len(data), volume.granule_bytes):
-            first = (offset + start) // volume.granule_bytes
+    def compared(piece: Piece, runs: list[Extent]) -> None:
+        for start, length in runs:
+            first = (piece.offset + start) // volume.granule_bytes
             found.update(range(first, first + -(-length // volume.granule_bytes)))
-        progress(len(data))
+        progress(len(piece.data))
 
-    for extent in extents:
-        for offset, length in ranges.pieces(*extent, READ_BYTES):
-            if interrupted():
-                raise _interrupted()
-            under_way.append((offset, volume.read(offset, length)))
-            ask(session, volume, offset, length)
-            if len(under_way) > PIECES_UNDER_WAY:
-                finish_oldest()
-    while under_way:
-        finish_oldest()
+    comparison = Comparison(session, pacer, compared)
+    try:
+        for extent in extents:
+            for offset, length in ranges.pieces(*extent, READ_BYTES):
+                if interrupted():
+                    # The session goes on with a drain: no answer to us may be taken for one to it.
+                    comparison.finish()
+                    raise _interrupted()
+                comparison.put(volume, offset, length)
+        comparison.finish()
+    finally:
+        comparison.close()
     return found
 
 
