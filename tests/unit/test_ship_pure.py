@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from bmigrate.common.state import WorkloadState
-from bmigrate.ship import compare, gentle, pacing, rates, verdict, wanted, zeros
+from bmigrate.ship import compare, pacing, rates, verdict, wanted, zeros
 from bmigrate.ship.ledger import Ledger
 from bmigrate.ship.window import Claim, ProtocolError, Window
 
@@ -219,33 +219,10 @@ def test_bucket_always_lets_go_in_the_end(rate: int, burst: int, count: int) -> 
     assert pacing.TokenBucket(0, 1, 0.0).take(10**12, 0.0) == 0.0
 
 
-@given(st.floats(0, 100), st.floats(0, 10))
-def test_pressure_slows_but_never_stops(percent: float, busy: float) -> None:
-    """The rest is bounded by a multiple of the work, and nothing up to the threshold."""
-    rest = pacing.pressure_rest(percent, busy)
-    assert 0 <= rest <= pacing.MAX_PRESSURE_FACTOR * busy
-    if percent <= pacing.PRESSURE_THRESHOLD_PERCENT:
-        assert rest == 0
-
-
 def test_backoff_doubles_and_is_bounded() -> None:
     """No storm of connections, and no wait for ever."""
     waits = [pacing.backoff(attempt) for attempt in range(1, 40)]
     assert waits[0] == 0.5 and waits[1] == 1.0 and waits == sorted(waits) and waits[-1] == 15.0
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("some avg10=12.34 avg60=1.00 avg300=0.00 total=5\nfull avg10=99.00 avg60=0.00 avg300=0.00 total=1\n", 12.34),
-        ("full avg10=99.00\n", None),
-        ("", None),
-        ("some avg10=x\n", None),
-    ],
-)
-def test_pressure_file_is_parsed(text: str, value: float | None) -> None:
-    """Only the line "some" counts; noise means unknown."""
-    assert gentle.parse_pressure(text) == value
 
 
 # -- rates -------------------------------------------------------------------------------------------

@@ -100,7 +100,9 @@ class Comparison:
         data = buffer[:length]
         began = time.monotonic()
         volume.read_into(data, offset)
-        self._pacer.charge("source_read", time.monotonic() - began)
+        spent = time.monotonic() - began
+        self._pacer.charge("source_read", spent)
+        self._pacer.rest(volume.number, length, spent)
         chunk = volume.granule_bytes if self._differed > FINE_SHARE else READ_BYTES
         self._ask(Piece(volume, offset, data, tag), buffer, max(chunk, volume.granule_bytes))
 

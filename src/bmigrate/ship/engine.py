@@ -59,7 +59,7 @@ class Engine(threading.Thread):
         self.config = config
         self.transport = transport
         self.record = Record(config.workload)
-        self.pacer = Pacer(self.bandwidth)
+        self.pacer = Pacer(self.bandwidth, config.services)
         self.trend = verdict.Trend()
         self.dirty_rate = DirtyRate()
         self.ship_rate = ShipRate()
@@ -335,6 +335,7 @@ class Engine(threading.Thread):
     def _passed(self, result: PassResult, before: Snapshot, after: Snapshot) -> None:
         """A pass is complete and durable: what does it say?"""
         self.limiter = result.limiter
+        self.pacer.losing = self.trend.unhelpful >= 1
         fresh = {name: item.seed_count for name, item in before.volumes.items()}
         if any(self.record.seeded.get(name) != count for name, count in fresh.items()):
             # the walk began after these seeds and visited everything, so each volume was shipped once

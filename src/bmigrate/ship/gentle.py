@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The edge to what Linux offers for being polite: I/O class of a thread, and I/O pressure.
+"""The edge to what Linux offers for being polite: I/O class of a thread, times of writes, and I/O pressure.
 
-Both are best effort: a kernel without them makes the shipper no less correct, and ``status`` says
+All are best effort: a kernel without them makes the shipper no less correct, and ``status`` says
 what limits it. The idle class has an effect under the schedulers bfq and mq-deadline (6.x) only.
 """
 
@@ -10,13 +10,14 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from pathlib import Path
 
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "loongarch64": 30, "ppc64le": 273, "s390x": 282}
 _WHO_PROCESS = 1
 _CLASS_SHIFT = 13
 CLASS_NONE = 0
 CLASS_IDLE = 3
-PRESSURE_FILE = "/proc/pressure/io"
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def set_io_class(io_class: int) -> bool:
@@ -34,30 +35,51 @@ def set_io_class(io_class: int) -> bool:
     return int(libc.syscall(number, _WHO_PROCESS, 0, io_class << _CLASS_SHIFT)) == 0
 
 
+def write_times(number: int) -> tuple[int, float] | None:
+    """Writes that a device has completed, and the seconds that they took in all, since boot; None when it has none.
+
+    Args:
+        number: of the device. Source of the fields: Documentation/block/stat.rst.
+    """
+    try:
+        with open(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat") as file:
+            fields = file.read().split()
+        return int(fields[4]), int(fields[7]) / 1000.0
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def parse_pressure(text: str) -> float | None:
-    """``some avg10`` in percent out of the text of /proc/pressure/io, or None."""
+    """Seconds of ``some`` out of the text of an io.pressure file, or None."""
     for line in text.splitlines():
         words = line.split()
         if words[:1] == ["some"]:
             for word in words[1:]:
                 key, _, value = word.partition("=")
-                if key == "avg10":
-                    try:
-                        return float(value)
-                    except ValueError:
-                        return None
+                if key == "total" and value.isdigit():
+                    return int(value) / 1e6
     return None
 
 
-def io_pressure() -> float | None:
-    """The present ``some avg10`` of I/O pressure in percent; None when the kernel does not tell."""
-    try:
-        fd = os.open(PRESSURE_FILE, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        return parse_pressure(os.read(fd, 512).decode("ascii", "replace"))
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
+def pressure_files(services: tuple[str, ...], root: Path = CGROUPS) -> list[Path]:
+    """The io.pressure of each service that runs; a service of many units is found by the names of all of them."""
+    found: list[Path] = []
+    for service in services:
+        name = service if "." in service else f"{service}.service"
+        stem, _, kind = name.rpartition(".")
+        for pattern in (name, f"{stem}@*.{kind}"):
+            found += root.glob(f"*.slice/{pattern}/io.pressure")
+            found += root.glob(f"*.slice/*.slice/{pattern}/io.pressure")
+    return found
+
+
+def stalled_seconds(files: list[Path]) -> float | None:
+    """The largest total of the files: seconds in which some task of a service waited for I/O; None when not told."""
+    totals = []
+    for file in files:
+        try:
+            totals.append(parse_pressure(file.read_text()))
+        except OSError:
+            continue
+    known = [total for total in totals if total is not None]
+    return max(known) if known else None

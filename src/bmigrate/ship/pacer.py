@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 from bmigrate.ship import gentle
-from bmigrate.ship.pacing import PRESSURE_THRESHOLD_PERCENT, TokenBucket, pressure_rest
+from bmigrate.ship.governor import Governor, Sample
+from bmigrate.ship.pacing import TokenBucket
 
 BURST_SECONDS = 0.5
 MIN_BURST_BYTES = 64 * 1024
-LIMITERS = ("source_read", "link", "standby", "bandwidth_limit", "io_pressure")
+LIMITERS = ("source_read", "link", "standby", "bandwidth_limit", "io_latency", "io_pressure")
+LARGEST_READ_BYTES = 1 << 20
+_FILES_SECONDS = 10.0
 
 
 class Pacer:
@@ -23,16 +27,24 @@ class Pacer:
 
     Args:
         bandwidth_bytes_per_second: 0 means no limit.
+        services: of the workload, as systemd names them: whose waiting for I/O counts.
+
+    Attributes:
+        urgent: a handover converges or drains. losing: passes do not help; to rest would only make it worse.
+        foreground_writes: the workload writes.
     """
 
-    def __init__(self, bandwidth_bytes_per_second: int) -> None:
+    def __init__(self, bandwidth_bytes_per_second: int, services: tuple[str, ...] = ()) -> None:
         self.set_bandwidth(bandwidth_bytes_per_second)
         self.urgent = threading.Event()
         self.foreground_writes = False
         self.spent: dict[str, float] = dict.fromkeys(LIMITERS, 0.0)
         self._thread = threading.local()
-        self._pressure_at = 0.0
-        self._pressure: float | None = None
+        self.losing = False
+        self._services = services
+        self._governors: dict[int, Governor] = {}
+        self._files: list[Path] = []
+        self._files_at: float | None = None
 
     def set_bandwidth(self, bandwidth_bytes_per_second: int) -> None:
         """Another limit, 0 for none; from any thread. Who waits under the old one asks again within a second."""
@@ -67,18 +79,51 @@ class Pacer:
             now = time.monotonic()
         self.charge("bandwidth_limit", now - began)
 
-    def rest(self, busy_seconds: float) -> None:
-        """After ``busy_seconds`` of reading from the device: rest if the foreground writes and suffers."""
-        if self.urgent.is_set() or not self.foreground_writes:
+    @property
+    def polite(self) -> bool:
+        """Whether the foreground comes first right now."""
+        return self.foreground_writes and not self.losing and not self.urgent.is_set()
+
+    def read_bytes(self, number: int) -> int:
+        """How much to read at once from a device of that number; the largest read when nobody would wait for it."""
+        governor = self._governors.get(number)
+        return governor.read_bytes if governor is not None and self.polite else LARGEST_READ_BYTES
+
+    def rest(self, number: int, count: int, busy_seconds: float) -> None:
+        """After a read of ``count`` bytes of a device in ``busy_seconds``: rest if the foreground writes and suffers.
+
+        Args:
+            number: of the device, 0 when it is none.
+        """
+        if not number:
             return
-        now = time.monotonic()
-        if now - self._pressure_at >= 1.0:
-            self._pressure, self._pressure_at = gentle.io_pressure(), now
-        if self._pressure is None or self._pressure <= PRESSURE_THRESHOLD_PERCENT:
+        governor = self._governors.get(number)
+        if not self.polite:
+            if governor is not None:
+                governor.idle()
             return
-        seconds = pressure_rest(self._pressure, busy_seconds)
-        self.urgent.wait(min(seconds, 1.0))
-        self.charge("io_pressure", time.monotonic() - now)
+        if governor is None:
+            governor = self._governors[number] = Governor(LARGEST_READ_BYTES)
+        began = now = time.monotonic()
+        governor.read(count, busy_seconds)
+        seconds = governor.factor * busy_seconds
+        if governor.wants_sample(now):
+            sample = self._sample(number, now)
+            if sample is not None:
+                seconds += governor.take(sample)
+        if seconds <= 0:
+            return
+        self.urgent.wait(min(seconds, 2.0))
+        # A probe costs what it costs; only what the foreground's suffering costs is the limiter.
+        self.charge(governor.reason or "source_read", time.monotonic() - began)
+
+    def _sample(self, number: int, now: float) -> Sample | None:
+        times = gentle.write_times(number)
+        if times is None:
+            return None
+        if self._files_at is None or now - self._files_at >= _FILES_SECONDS:
+            self._files, self._files_at = gentle.pressure_files(self._services), now
+        return Sample(now, *times, gentle.stalled_seconds(self._files))
 
     def limiter(self, total_seconds: float) -> str | None:
         """What took most of a pass of ``total_seconds``, if it was a fifth of it at least."""

@@ -2,15 +2,10 @@
 """How fast the shipper may go: pure arithmetic on times and bytes, without a clock of its own.
 
 Promises: over any interval of t seconds a bucket lets at most burst + rate * t bytes pass; a
-limit never stops shipping for good, and neither does pressure. Nothing here may sleep or read a clock.
+limit never stops shipping for good. Nothing here may sleep or read a clock.
 """
 
 from __future__ import annotations
-
-PRESSURE_THRESHOLD_PERCENT = 40.0
-"""``some avg10`` of /proc/pressure/io above which the foreground is taken to suffer."""
-MAX_PRESSURE_FACTOR = 3.0
-"""Under the worst pressure the shipper rests three times as long as it works, never longer."""
 
 
 class TokenBucket:
@@ -52,22 +47,6 @@ class TokenBucket:
             self._level -= count
             return 0.0
         return max((wanted - self._level) / self.rate, 1e-4)
-
-
-def pressure_rest(avg10_percent: float, busy_seconds: float, threshold: float = PRESSURE_THRESHOLD_PERCENT) -> float:
-    """Seconds to rest after ``busy_seconds`` of work while the foreground waits for I/O.
-
-    Args:
-        avg10_percent: share of the last ten seconds in which some task waited for I/O, 0 to 100.
-        busy_seconds: how long the shipper just worked without a rest.
-        threshold: percent up to which there is no rest at all.
-
-    Returns: 0 up to the threshold, then growing with the excess, at most MAX_PRESSURE_FACTOR times
-        the work: back-off slows the shipper down, it can never stop it.
-    """
-    if avg10_percent <= threshold or busy_seconds <= 0:
-        return 0.0
-    return busy_seconds * min(MAX_PRESSURE_FACTOR, (avg10_percent - threshold) / threshold * 2.0)
 
 
 def backoff(attempt: int, shortest: float = 0.5, longest: float = 15.0) -> float:

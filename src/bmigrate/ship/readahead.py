@@ -127,18 +127,15 @@ class ReadAhead:
                     break
                 if self._observer is not None:
                     self._observer(volume.name, claim.extents)
-                busy = self._read(volume, claim)
-                if busy is None:
+                if not self._read(volume, claim):
                     return
                 offset = claim.next_offset
-                self._pacer.rest(busy)
 
-    def _read(self, volume: SourceVolume, claim: Claim) -> float | None:
-        """Read all of a claim; the seconds that it took, or None when nobody wants it any more."""
-        busy = 0.0
+    def _read(self, volume: SourceVolume, claim: Claim) -> bool:
+        """Read all of a claim; False when nobody wants it any more."""
         buffer = self._free.get()
         if buffer is None:
-            return None
+            return False
         used = 0
         runs: list[Run] = []
         for offset, length in claim.extents:
@@ -147,19 +144,19 @@ class ReadAhead:
                     self._ready.put(Batch(volume, claim, runs, buffer, False))
                     buffer = self._free.get()
                     if buffer is None:
-                        return None
+                        return False
                     used, runs = 0, []
-                step = min(length, BUFFER_BYTES - used)
+                step = min(length, BUFFER_BYTES - used, self._pacer.read_bytes(volume.number))
                 view = buffer[used : used + step]
                 began = time.monotonic()
                 volume.read_into(view, offset)
                 spent = time.monotonic() - began
                 self._pacer.charge("source_read", spent)
-                busy += spent
+                self._pacer.rest(volume.number, step, spent)
                 faults.point("ship.read")
                 runs.append((offset, view))
                 used += step
                 offset += step
                 length -= step
         self._ready.put(Batch(volume, claim, runs, buffer, True))
-        return busy
+        return True

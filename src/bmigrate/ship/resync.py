@@ -108,13 +108,11 @@ class Resync:
                 if claim is None:
                     break
                 self._pacer.enter()
-                read_before = self._pacer.spent["source_read"]
                 pieces = [piece for extent in claim.extents for piece in ranges.pieces(*extent, READ_BYTES)]
                 pending = _Pending(claim, len(pieces))
                 for start, length in pieces:
                     comparison.put(self._volume, start, length, pending)
                 offset = claim.next_offset
-                self._pacer.rest(self._pacer.spent["source_read"] - read_before)
             comparison.finish()
         finally:
             comparison.close()

@@ -8,6 +8,7 @@ than what the file system has already been told is on disk.
 from __future__ import annotations
 
 import os
+import stat
 
 from bmigrate.common import blockdev
 from bmigrate.common.errors import RefusedError
@@ -40,6 +41,8 @@ class SourceVolume:
                 hint="check 'devices' of the volume in the configuration",
                 reason="device_missing",
             ) from exc
+        status = os.fstat(self.fd)
+        self.number = status.st_rdev if stat.S_ISBLK(status.st_mode) else 0
         self.size_bytes = blockdev.size_bytes(self.fd)
         self.logical_block_size = blockdev.logical_block_size(self.fd)
         self._reader = blockdev.DirectReader(self.fd, READ_BYTES)

@@ -138,6 +138,7 @@ def _losing(facts: Facts) -> str:
     ships = f"{human_bytes(facts.ship_rate or 0)}/s"
     by = {
         "bandwidth_limit": "the configured bandwidth limit",
+        "io_latency": "back-off for the foreground's writes",
         "io_pressure": "back-off for the foreground's I/O",
         "link": "the link or the standby's disk",
         "standby": "the standby's disk",

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What shipping costs a workload on a slow disk, and what it gets of it: a disk throttled by QEMU.
+
+Two guests with the shipped playbooks run on them. The primary's disk is held to CAPACITY by QEMU; fio writes at half of
+that, at random, past the cache. In alternating rounds: fio alone, and fio while everything is dirty and is shipped.
+Printed are what fio got, as a ratio to its round alone, and what was shipped, as a share of what fio left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from lab import Lab, qemu
+from tests.bench.figures import spread
+from tests.vm.rig import BLOCK, DISK, WORKLOAD, Rig
+
+MIB = 1 << 20
+CAPACITY = 4 * MIB
+FIO = (
+    "fio --name=f --filename={device} --rw=randwrite --bs=16k --iodepth=8 --ioengine=libaio --direct=1 "
+    "--rate={rate} --time_based --runtime={seconds} --output-format=json"
+)
+
+
+def throttle(lab: Lab, host: str, bytes_per_second: int) -> None:
+    """Hold the fault disk of a guest to a rate; 0 lets go of it."""
+    monitor = lab.guest(host).directory / "monitor.sock"
+    serial = f"disk{DISK}"
+    (place,) = [
+        item["qdev"]
+        for item in qemu.monitor(monitor, "query-block")
+        if (item.get("inserted") or {}).get("node-name") == serial
+    ]
+    limits = dict.fromkeys(("bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+    # A bucket of a twentieth of a second: what a disk of that speed would have in flight.
+    burst = {"bps_max": bytes_per_second, "bps_max_length": 1} if bytes_per_second else {}
+    qemu.monitor(monitor, "block_set_io_throttle", {"id": place, "bps": bytes_per_second, **limits, **burst})
+
+
+def fio(rig: Rig, host: str, seconds: int) -> dict[str, float]:
+    """One run; bytes per second, and seconds until 99 % of the writes were done."""
+    command = FIO.format(device=rig.device(host), rate=CAPACITY // 2, seconds=seconds)
+    text = rig.run(host, *command.split(), timeout_seconds=seconds + 300)
+    write = json.loads(text[text.index("{") :])["jobs"][0]["write"]
+    return {
+        "bytes_per_second": write["io_bytes"] / (write["runtime"] / 1000),
+        "p99_seconds": write["clat_ns"]["percentile"]["99.000000"] / 1e9,
+        "mean_seconds": write["clat_ns"]["mean"] / 1e9,
+    }
+
+
+def round_of(rig: Rig, primary: str, seconds: int, ships: bool) -> dict[str, Any]:
+    """fio, with or without everything being shipped beside it."""
+    rig.ship(primary, "pause", workload=WORKLOAD)
+    rig.wait_shipping(primary, ("paused",))
+    shipped = 0
+    began = time.monotonic()
+    if ships:
+        size = rig.tracked(primary)["size_bytes"]
+        rig.breqd(primary, "mark", workload=WORKLOAD, volume=rig.volume, extents=[[0, size]], reason="benchmark")
+        before = rig.shipping(primary)["shipped_bytes_total"]
+        rig.ship(primary, "resume", workload=WORKLOAD)
+        rig.wait_shipping(primary, ("catching_up", "losing_ground", "in_step"))
+        began = time.monotonic()
+    found: dict[str, Any] = fio(rig, primary, seconds)
+    if ships:
+        now = rig.shipping(primary)
+        shipped = now["shipped_bytes_total"] - before
+        found["left_bytes"] = now["bytes_left"]
+        found["limiter"] = now["limiter"]
+    found["ship_bytes_per_second"] = shipped / (time.monotonic() - began)
+    return found
+
+
+def measure(rig: Rig, rounds: int, seconds: int) -> dict[str, Any]:
+    """All rounds."""
+    primary = rig.primary()
+    fill = f"dd if=/dev/urandom of={rig.device(primary)} bs=1M oflag=direct status=none; sync"
+    rig.run(primary, "sh", "-c", f"{fill} || true", timeout_seconds=300)
+    rig.wait_in_step()
+    throttle(rig.lab, primary, CAPACITY)
+    runs: dict[str, list[dict[str, Any]]] = {"bare": [], "shipped": []}
+    try:
+        round_of(rig, primary, 5, False)
+        for number in range(rounds):
+            for name in ("bare", "shipped") if number % 2 else ("shipped", "bare"):
+                runs[name].append(round_of(rig, primary, seconds, name == "shipped"))
+                print(f"{name}: {json.dumps(runs[name][-1])}", file=sys.stderr, flush=True)
+    finally:
+        throttle(rig.lab, primary, 0)
+        rig.ship(primary, "resume", workload=WORKLOAD)
+    pairs = list(zip(runs["shipped"], runs["bare"]))
+    name = f"$(basename $(readlink -f {rig.device(primary)}))"
+    scheduler = rig.run(primary, "sh", "-c", f"cat /sys/block/{name}/queue/scheduler")
+        primary, "sh", "-c", f"cat /sys/block/$(basename $(readlink -f {rig.device(primary)}))/queue/scheduler"
+    )
+    return {
+        "capacity_bytes_per_second": CAPACITY,
+        "scheduler": scheduler.strip(),
+        "block_bytes": BLOCK,
+        "runs": runs,
+        "foreground_ratios": [with_["bytes_per_second"] / bare["bytes_per_second"] for with_, bare in pairs],
+        "seed_shares": [one["ship_bytes_per_second"] / (CAPACITY - bare["bytes_per_second"]) for one, bare in pairs],
+            with_["ship_bytes_per_second"] / (CAPACITY - bare["bytes_per_second"]) for with_, bare in pairs
+        ],
+        "latency_ratios": [with_["mean_seconds"] / bare["mean_seconds"] for with_, bare in pairs],
+    }
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python3 -m tests.bench.pacing", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="of each kind (%(default)s)")
+    parser.add_argument("--seconds", type=int, default=20, help="of each round (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("at least 2 rounds")
+    keep = os.environ.get("BMIGRATE_LAB_KEEP") == "1"
+    lab = Lab(os.environ.setdefault("BMIGRATE_LAB", "bench-pacing"))
+    if not keep:
+        lab.down()
+    rig = Rig(lab)
+    try:
+        lab.up()
+        if os.environ.get("BMIGRATE_LAB_DEPLOYED") == "1":
+            rig.find_volume()
+        else:
+            rig.deploy()
+        result = measure(rig, arguments.rounds, arguments.seconds)
+    finally:
+        rig.close()
+        if not keep:
+            lab.down()
+    if arguments.json:
+        print(json.dumps(result))
+        return 0
+    print(f"foreground beside the seed / alone: {spread(result['foreground_ratios'])}")
+    print(f"seed / what the foreground leaves of the disk: {spread(result['seed_shares'])}")
+    print(f"mean time of a write beside the seed / alone: {spread(result['latency_ratios'])}")
+    print(f"scheduler: {result['scheduler']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Back-off: bounded whatever is measured, none without a reason, and enough of it on a device that serves badly."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bmigrate.ship import gentle, governor, pacer
+from bmigrate.ship.governor import Governor, Sample
+
+MIB = 1 << 20
+
+
+class Device:
+    """A disk for which time passes only here: a write takes longer the larger the share of time the shipper reads."""
+
+    def __init__(self, slow: float, stalled: float = 0.0) -> None:
+        self.governor = Governor(MIB)
+        self.slow, self.stalled = slow, stalled
+        self.now = 100.0
+        self.writes, self.write_seconds, self.stall = 0, 0.0, 0.0
+        self.read_seconds = self.rested = 0.0
+
+    def _pass(self, seconds: float, reading: bool) -> None:
+        """The foreground does 400 writes a second meanwhile."""
+        count = int(seconds * 400) + 1
+        self.writes += count
+        self.write_seconds += count * (0.002 * (self.slow if reading else 1.0))
+        self.stall += seconds * (0.3 + (self.stalled if reading else 0.0))
+        self.now += seconds
+
+    def run(self, seconds: float) -> None:
+        """The shipper reads whenever it may."""
+        end = self.now + seconds
+        while self.now < end:
+            count = self.governor.read_bytes
+            busy = count / (100 * MIB)
+            self._pass(busy, True)
+            self.read_seconds += busy
+            self.governor.read(count, busy)
+            rest = self.governor.factor * busy
+            if self.governor.wants_sample(self.now):
+                rest += self.governor.take(Sample(self.now, self.writes, self.write_seconds, self.stall))
+            if rest:
+                self._pass(rest, False)
+                self.rested += rest
+
+
+def test_no_rest_when_nobody_is_served_worse() -> None:
+    """A database that waits for its disk a third of the time all day long is no reason; only the probes are paid."""
+    device = Device(slow=1.0)
+    device.run(60)
+    assert device.governor.factor == 0 and device.governor.reason is None
+    assert device.rested < 0.08 * 60, "the probes cost more than they may"
+
+
+@pytest.mark.parametrize(("slow", "stalled", "reason"), [(20.0, 0.0, "io_latency"), (1.0, 0.6, "io_pressure")])
+def test_rest_when_the_foreground_suffers(slow: float, stalled: float, reason: str) -> None:
+    device = Device(slow, stalled)
+    device.run(60)
+    assert device.governor.reason == reason and device.governor.factor > 0.3
+    assert device.read_seconds > 60 / (2 + governor.MAX_FACTOR) * 0.8, "slowed down, never stopped"
+    device.slow, device.stalled = 1.0, 0.0
+    device.run(60)
+    assert device.governor.factor == 0 and device.governor.reason is None, "it does not forget to go on"
+
+
+def test_reads_are_short_on_a_slow_device() -> None:
+    """A read of the shipper must not keep a slow disk for a quarter of a second."""
+    slow = Governor(MIB)
+    for _ in range(40):
+        slow.read(slow.read_bytes, slow.read_bytes / (4 * MIB))
+    assert slow.read_bytes == 64 * 1024
+    fast = Governor(MIB)
+    for _ in range(40):
+        fast.read(fast.read_bytes, fast.read_bytes / (2000 * MIB))
+    assert fast.read_bytes == MIB
+    slow.idle()
+    assert slow.read_bytes == MIB and slow.factor == 0
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 10), st.integers(0, 10**6), st.floats(0, 10**4), st.none() | st.floats(0, 10**6)),
+        max_size=60,
+    )
+)
+def test_bounded_whatever_is_measured(steps: list[tuple[float, int, float, float | None]]) -> None:
+    """Counters that stand still, leap, or are missing: the factor stays in its bounds, and a rest is one window."""
+    control, now, writes, seconds = Governor(MIB), 0.0, 0, 0.0
+    for passed, more, took, stalled in steps:
+        now, writes, seconds = now + passed, writes + more, seconds + took
+        assert control.take(Sample(now, writes, seconds, stalled)) in (0.0, governor.WINDOW_SECONDS)
+        control.read(MIB, passed)
+        assert 0 <= control.factor <= governor.MAX_FACTOR
+        assert governor.MIN_READ_BYTES <= control.read_bytes <= MIB
+
+
+def test_never_while_losing_ground_or_draining(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rest under way ends when a drain begins; losing ground and no writes mean no rest and large reads."""
+    monkeypatch.setattr(gentle, "write_times", lambda number: (10**6, 1.0))
+    polite = pacer.Pacer(0)
+    polite.foreground_writes = True
+    polite._governors[7] = suffering = Governor(MIB)
+    suffering.factor, suffering._read_bytes = 4.0, 65536.0
+    for flag in ("losing", "urgent", "foreground_writes"):
+        polite.losing = flag == "losing"
+        polite.foreground_writes = flag != "foreground_writes"
+        (polite.urgent.set if flag == "urgent" else polite.urgent.clear)()
+        suffering.factor = 4.0
+        began = time.monotonic()
+        polite.rest(7, MIB, 10.0)
+        assert time.monotonic() - began < 1.0 and polite.read_bytes(7) == MIB
+    polite.foreground_writes = True
+    polite.urgent.clear()
+    suffering.factor = 4.0
+    threading.Timer(0.2, polite.urgent.set).start()
+    began = time.monotonic()
+    polite.rest(7, MIB, 100.0)
+    assert time.monotonic() - began < 1.5, "a rest of two seconds must end when a drain begins"
+
+
+# -- the edge ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("some avg10=12.34 avg60=1.00 total=2500000\nfull avg10=99.00 total=1\n", 2.5),
+        ("full avg10=99.00 total=7\n", None),
+        ("", None),
+        ("some avg10=1.0 total=x\n", None),
+    ],
+)
+def test_pressure_file_is_parsed(text: str, value: float | None) -> None:
+    """Only the line "some" counts; noise means unknown."""
+    assert gentle.parse_pressure(text) == value
+
+
+def test_the_pressure_of_the_services_and_of_nobody_else(tmp_path: Path) -> None:
+    """One unit, the instances of a template below a slice of their own, and not the rest of the host."""
+    places = ("system.slice/app.service", "system.slice/system-db.slice/db@15-main.service", "system.slice/ssh.service")
+    for number, place in enumerate(places):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "io.pressure").write_text(f"some avg10=0 total={(number + 1) * 1000000}\n")
+    files = gentle.pressure_files(("app", "db.service"), tmp_path)
+    assert sorted(file.parent.name for file in files) == ["app.service", "db@15-main.service"]
+    assert gentle.stalled_seconds(files) == 2.0
+    assert gentle.stalled_seconds([]) is None and gentle.stalled_seconds([tmp_path / "gone"]) is None
+
+
+def test_write_times_of_a_device_and_of_none() -> None:
+    assert gentle.write_times(os.makedev(4095, 1)) is None
+    numbers = [line.split()[:2] for line in Path("/proc/partitions").read_text().splitlines()[2:]]
+    for major, minor in numbers[:1]:
+        times = gentle.write_times(os.makedev(int(major), int(minor)))
+        assert times is not None and times[0] >= 0 and times[1] >= 0
