@@ -97,8 +97,6 @@ def measure(rig: Rig, rounds: int, seconds: int) -> dict[str, Any]:
     pairs = list(zip(runs["shipped"], runs["bare"]))
     name = f"$(basename $(readlink -f {rig.device(primary)}))"
     scheduler = rig.run(primary, "sh", "-c", f"cat /sys/block/{name}/queue/scheduler")
-        primary, "sh", "-c", f"cat /sys/block/$(basename $(readlink -f {rig.device(primary)}))/queue/scheduler"
-    )
     return {
         "capacity_bytes_per_second": CAPACITY,
         "scheduler": scheduler.strip(),
@@ -106,8 +104,6 @@ def measure(rig: Rig, rounds: int, seconds: int) -> dict[str, Any]:
         "runs": runs,
         "foreground_ratios": [with_["bytes_per_second"] / bare["bytes_per_second"] for with_, bare in pairs],
         "seed_shares": [one["ship_bytes_per_second"] / (CAPACITY - bare["bytes_per_second"]) for one, bare in pairs],
-            with_["ship_bytes_per_second"] / (CAPACITY - bare["bytes_per_second"]) for with_, bare in pairs
-        ],
         "latency_ratios": [with_["mean_seconds"] / bare["mean_seconds"] for with_, bare in pairs],
     }
 

@@ -8,8 +8,8 @@ which the workload's services wait for I/O (pressure stall information of their 
 whole host is not used: the shipper's own reads are in it.
 
 Promises: the shipper rests at most MAX_FACTOR times as long as it reads, so it is slowed down and never stopped;
-without a signal it does not rest. How much to read at once follows from the same measurements: a long read on a slow device
-makes everything behind it wait.
+without a signal it does not rest. How much to read at once follows from the same measurements: a long read on a slow
+device makes everything behind it wait.
 """
 
 from __future__ import annotations
