@@ -68,13 +68,8 @@ test-mutants: setup ## sabotage the programs on purpose and show which test noti
 truth: setup ## compare the log with the truth for each kind of device and operation; writes docs/kernel.md
 	BMIGRATE_LAB_APPEND='memmap=16M!960M' $(PY) -m tests.truth
 
-bench: setup ## measure what tracking and shipping cost
-	$(PY) -m tests.bench.records
-	$(PY) -m tests.bench.shipping
-	$(PY) -m tests.bench.shipping --mib 512 --extra 'transport: paramiko'
-	$(PY) -m tests.bench.drain
-	$(PY) -m tests.bench.convergence
-	$(PY) -m tests.bench
+bench: setup ## measure tracking, shipping, pacing, draining and comparing: one table of ratios, and plots
+	$(PY) -m tests.bench.everything $(BENCH)
 
 bench-kernel: setup ## count what a write costs with tracking, and with DRBD or raid1 over nbd
 	$(PY) -m tests.bench.kernel $(BENCH_KERNEL)

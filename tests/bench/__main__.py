@@ -67,6 +67,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python3 -m tests.bench", description=__doc__)
     parser.add_argument("--pairs", type=int, default=8, help="pairs of rounds of each kind (%(default)s)")
     parser.add_argument("--seconds", type=int, default=5, help="length of one round (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     if arguments.pairs < 2 or arguments.seconds < 1:
         parser.error("at least 2 pairs of at least 1 second")
@@ -87,7 +88,14 @@ def main() -> int:
             tracked.append(rates["tracked"] / rates["bare"])
             first, second = rounds.bare(), rounds.bare()
             same.append(second / first)
-            print(f"pair {number + 1}: tracked/bare {tracked[-1]:.3f}, bare/bare {same[-1]:.3f}", flush=True)
+            print(
+                f"pair {number + 1}: tracked/bare {tracked[-1]:.3f}, bare/bare {same[-1]:.3f}",
+                file=sys.stderr,
+                flush=True,
+            )
+        if arguments.json:
+            print(json.dumps({"tracked": tracked, "bare": same}))
+            return 0
         kind = f"{arguments.pairs} pairs of {arguments.seconds} s"
         print(f"4 KiB random writes, depth 16, {kind}, ratio of writes per second")
         print(f"tracked / bare  {spread(tracked)}")

@@ -133,6 +133,56 @@ def plot(title: str, panels: Sequence[Panel]) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A line of points (x, y), ascending in x."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+
+
+_COLOURS = ("#6c8ebf", "#b85450", "#82b366", "#9673a6", "#d79b00")
+
+
+def curves(title: str, across: str, up: str, drawn: Sequence[Curve]) -> str:
+    """An SVG picture of lines over common axes that begin at zero.
+
+    Raises ValueError: there is nothing to draw.
+    """
+    points = [point for curve in drawn for point in curve.points]
+    if not points:
+        raise ValueError("no points")
+    right, high = max(x for x, _ in points) or 1.0, max(y for _, y in points) or 1.0
+    left, top, width, height = 70, 50, 560, 260
+    body = [
+        f'<path d="M{left} {top}V{top + height}H{left + width}" class="axis"/>',
+        f'<text x="{left + width / 2}" y="{top + height + 36}" class="mid">{escape(across)}</text>',
+        f'<text x="16" y="{top - 10}">{escape(up)}</text>',
+    ]
+    for part in range(5):
+        x, y = left + width * part / 4, top + height * (1 - part / 4)
+        body.append(f'<text x="{x:.1f}" y="{top + height + 18}" class="mid">{right * part / 4:.3g}</text>')
+        body.append(f'<text x="{left - 8}" y="{y + 4:.1f}" class="end">{high * part / 4:.3g}</text>')
+    for number, curve in enumerate(drawn):
+        colour = _COLOURS[number % len(_COLOURS)]
+        path = " ".join(f"{left + width * x / right:.1f},{top + height * (1 - y / high):.1f}" for x, y in curve.points)
+        body.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        y = top + 10 + 18 * number
+        body.append(f'<path d="M{left + width - 190} {y}h20" stroke="{colour}" stroke-width="3"/>')
+        body.append(f'<text x="{left + width - 164}" y="{y + 4}">{escape(curve.label)}</text>')
+    return (
+        '<?xml version="1.0" encoding="UTF-8"?>\n'
+        "<!-- SPDX-License-Identifier: GPL-3.0-or-later -->\n"
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 360" '
+        'font-family="DejaVu Sans, Helvetica, Arial, sans-serif" font-size="12">\n'
+        f"<title>{escape(title)}</title>\n"
+        "<style>.axis { stroke: #8795a8; fill: none } .mid { text-anchor: middle } .end { text-anchor: end }</style>\n"
+        f'<rect width="680" height="360" fill="#ffffff"/>\n<text x="16" y="24" font-size="15">{escape(title)}</text>\n'
+        + "\n".join(body)
+        + "\n</svg>\n"
+    )
+
+
 def spread(ratios: list[float]) -> str:
     """Median, quartiles and extremes of ratios."""
     low, middle, high = statistics.quantiles(ratios, n=4)

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""``make bench``: every benchmark of the data path, one table of all ratios with their spreads, and the plots.
+
+Each benchmark runs as a process of its own, so that none is measured in the memory of another; what it said is kept in
+build/bench. With --write the table goes into docs/performance.md, and the plots beside it, with the commit and the
+machine that they are of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.bench.figures import Bar, Curve, Panel, curves, estimate, plot, table
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "build" / "bench"
+PAGE = ROOT / "docs" / "performance.md"
+MIB = 1 << 20
+BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+
+
+class Row(NamedTuple):
+    """One line of the table: what, a value of each round, what it is held against, and how it reads."""
+
+    what: str
+    values: list[float]
+    target: str
+    holds: bool | None
+    command: str
+
+
+class Benchmark(NamedTuple):
+    """A benchmark and what of its answer stands in the table."""
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    rows: Callable[[Any, str], list[Row]]
+
+    @property
+    def command(self) -> str:
+        """As an operator would type it."""
+        return " ".join(("python -m", self.module, *self.arguments)).strip()
+
+
+def _least(values: Sequence[float], bound: float) -> bool:
+    return statistics.median(values) >= bound
+
+
+def _most(values: Sequence[float], bound: float) -> bool:
+    return statistics.median(values) <= bound
+
+
+def _records(found: Any, command: str) -> list[Row]:
+    cases = found["cases"]
+    millions = [value / 1e6 for value in cases["uniform"]["records_per_second"]]
+    mix = [value / 1e6 for value in cases["mix"]["blocks_per_second"]]
+    rows = [
+        Row("breqd: million records/s on a core, one block each, 1 TiB", millions, "≥ 5", _least(millions, 5), command),
+        Row("breqd: million blocks/s, records of 1 block to 1 MiB", mix, "", None, command),
+    ]
+    for volumes in (1, 256):
+        share = [100 * value for value in cases[f"share_{volumes}"]["share_of_core"]]
+        what = f"breqd: % of a core at 100,000 requests/s, {volumes} volume{'s' if volumes > 1 else ''}"
+        rows.append(Row(what, share, "≤ 3", _most(share, 3), command))
+    return rows
+
+
+def _shipping(what: str, target: float | None) -> Callable[[Any, str], list[Row]]:
+    def rows(found: Any, command: str) -> list[Row]:
+        ratios = found["ratios"]
+        rate = [value / MIB for value in found["shipped_bytes_per_second"]]
+        return [
+            Row(
+                f"{what} / `dd \\| ssh dd`",
+                ratios,
+                f"≥ {target}" if target else "",
+                _least(ratios, target) if target else None,
+                command,
+            ),
+            Row(f"{what}: MiB/s", rate, "", None, command),
+        ]
+
+    return rows
+
+
+def _drain(found: Any, command: str) -> list[Row]:
+    rows = []
+    for item in found:
+        ratios = [value / item["bound_seconds"] for value in item["durable_seconds"]]
+        what = f"drain of {item['left_bytes'] // MIB} MiB / (300 ms + bytes at the link's rate)"
+        rows.append(Row(what, ratios, "≤ 1", _most(ratios, 1), command))
+    return rows
+
+
+def _convergence(found: Any, command: str) -> list[Row]:
+    rows = []
+    for ratio in sorted({item["ratio_wanted"] for item in found}):
+        shipped = [item["shipped_volumes"] / item["model_volumes"] for item in found if item["ratio_wanted"] == ratio]
+        rows.append(
+            Row(
+                f"shipped / model, writes at {ratio:.2f} of the ship rate",
+                shipped,
+                "≤ 1.1",
+                _most(shipped, 1.1),
+                command,
+            )
+        )
+    return rows
+
+
+def _resync(found: Any, command: str) -> list[Row]:
+    names = {
+        "verify": "verify / the lower of read and hash",
+        "resync_equal": "resync, nothing differs / the same",
+        "resync_1_percent": "resync, 1 % of the blocks at random differ / the same",
+    }
+    rows = []
+    for name, what in names.items():
+        values = found["ratios"][name]
+        judged = name != "resync_1_percent"
+        rows.append(Row(what, values, "≥ 0.9" if judged else "", _least(values, 0.9) if judged else None, command))
+    return rows
+
+
+def _pacing(found: Any, command: str) -> list[Row]:
+    ours, share = found["foreground_ratios"], found["seed_shares"]
+    return [
+        Row("throttled disk: foreground beside the seed / alone", ours, "≥ 0.95", _least(ours, 0.95), command),
+        Row("throttled disk: seed / what the foreground leaves", share, "≥ 0.7", _least(share, 0.7), command),
+        Row("throttled disk: mean time of a write / alone", found["latency_ratios"], "", None, command),
+    ]
+
+
+def _tracking(found: Any, command: str) -> list[Row]:
+    return [
+        Row("tracked / bare, 4 KiB random writes in a guest", found["tracked"], "", None, command),
+        Row("bare / bare, the same", found["bare"], "", None, command),
+    ]
+
+
+BENCHMARKS = (
+    Benchmark("records", "tests.bench.records", (), _records),
+    Benchmark("shipping", "tests.bench.shipping", (), _shipping("seed of random data", 0.9)),
+    Benchmark(
+        "shipping-paramiko",
+        "tests.bench.shipping",
+        ("--mib", "512", "--pairs", "3", "--extra", "transport: paramiko"),
+        _shipping("seed of random data, transport paramiko", None),
+    ),
+    Benchmark("drain", "tests.bench.drain", (), _drain),
+    Benchmark("convergence", "tests.bench.convergence", ("--mib", "64", "--rounds", "2"), _convergence),
+    Benchmark("resync", "tests.bench.resync", (), _resync),
+    Benchmark("pacing", "tests.bench.pacing", (), _pacing),
+    Benchmark("tracking", "tests.bench", (), _tracking),
+)
+
+
+def run(benchmark: Benchmark) -> Any:
+    """Run one, keep what it said, and return it."""
+    print(f"# {benchmark.command}", file=sys.stderr, flush=True)
+    began = time.monotonic()
+    argv = [sys.executable, "-m", benchmark.module, *benchmark.arguments, "--json"]
+    done = subprocess.run(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    text = done.stdout.strip().splitlines()[-1]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{benchmark.name}.json").write_text(text + "\n")
+    print(f"  {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return json.loads(text)
+
+
+def lines(rows: Sequence[Row]) -> str:
+    """The table, as Markdown."""
+
+    def number(value: float) -> str:
+        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+    cells = []
+    for row in rows:
+        verdict = "" if row.holds is None else "yes" if row.holds else "**no**"
+        middle = number(statistics.median(row.values))
+        cells.append(
+            [
+                row.what,
+                middle,
+                f"{number(min(row.values))} … {number(max(row.values))}",
+                str(len(row.values)),
+                row.target,
+                verdict,
+            ]
+        )
+    return table(["", "median", "spread", "rounds", "wanted", "held"], cells)
+
+
+def pictures(found: dict[str, Any]) -> dict[str, str]:
+    """File name -> SVG, of what was measured."""
+    made = {}
+    bars = []
+    for name, label in (("shipping", "openssh"), ("shipping-paramiko", "paramiko")):
+        if name in found:
+            middle = estimate(found[name]["ratios"])
+            bars.append(Bar(f"seed over {label} / dd | ssh dd", middle, middle.text(2)))
+    for name, label in (("verify", "verify / hash"), ("resync_equal", "resync / hash")):
+        if "resync" in found:
+            middle = estimate(found["resync"]["ratios"][name])
+            bars.append(Bar(label, middle, middle.text(2)))
+    if "pacing" in found:
+        for name, label in (
+            ("foreground_ratios", "foreground beside a seed / alone"),
+            ("seed_shares", "seed / what is left of the disk"),
+        ):
+            middle = estimate(found["pacing"][name])
+            bars.append(Bar(label, middle, middle.text(2)))
+    if bars:
+        top = max(2.0, *(bar.estimate.high for bar in bars))
+        made["performance.svg"] = plot(
+            "Against the bare run of the same session", [Panel("ratio", bars, top, 1.0, "as fast")]
+        )
+    if "convergence" in found:
+        drawn: dict[str, Curve] = {}
+        for item in found["convergence"]:
+            label = f"writes at {item['ratio_wanted']:.2f} of the ship rate"
+            # One run of each ratio: the later ones look the same.
+            points = [(at, left / MIB) for at, _, left in item["curve"]]
+            drawn.setdefault(label, Curve(label, points))
+        title = "What is left while passes go on under writes"
+        made["convergence.svg"] = curves(title, "seconds", "MiB left", list(drawn.values()))
+    return made
+
+
+def page(text: str, rows: Sequence[Row], commands: Sequence[str]) -> str:
+    """docs/performance.md with another table in it.
+
+    Raises:
+        ValueError: the page has no place for it.
+    """
+    if BEGIN not in text or END not in text:
+        raise ValueError("the page has no place for the table")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "",
+    )
+    of = f"Commit {commit}; {os.cpu_count()} cores, {model}; guests emulated (TCG)."
+    body = f"{BEGIN}\n{of}\n\n{lines(rows)}\n\nMade by:\n\n" + "".join(f"    {command}\n" for command in commands) + END
+    return re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: body, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    """Command line; exit status 1 when a wanted ratio was not held."""
+    parser = argparse.ArgumentParser(prog="python3 -m tests.bench.everything", description=__doc__)
+    names = [benchmark.name for benchmark in BENCHMARKS]
+    parser.add_argument("--only", action="append", choices=names, help="only this one; may be repeated")
+    parser.add_argument("--again", action="store_true", help="measure nothing: use what build/bench has")
+    parser.add_argument("--write", action="store_true", help="write the table and the plots to docs")
+    options = parser.parse_args()
+    rows: list[Row] = []
+    found: dict[str, Any] = {}
+    commands = []
+    for benchmark in BENCHMARKS:
+        if options.only and benchmark.name not in options.only:
+            continue
+        kept = RESULTS / f"{benchmark.name}.json"
+        if options.again and not kept.exists():
+            continue
+        found[benchmark.name] = json.loads(kept.read_text()) if options.again else run(benchmark)
+        rows += benchmark.rows(found[benchmark.name], benchmark.command)
+        commands.append(benchmark.command)
+    print(lines(rows))
+    drawn = pictures(found)
+    where = PAGE.parent if options.write else RESULTS
+    for name, text in drawn.items():
+        (where / name).write_text(text)
+        print(f"drawn: {where.relative_to(ROOT) / name}", file=sys.stderr)
+    if options.write:
+        PAGE.write_text(page(PAGE.read_text(), rows, commands))
+    return 1 if any(row.holds is False for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The table of `make bench`: a target that is missed is shown as missed, and the page keeps all else."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from tests.bench import everything
+from tests.bench.everything import BEGIN, END, Row, lines, page
+from tests.bench.figures import Curve, curves
+
+
+def test_a_missed_target_is_told() -> None:
+    text = lines([Row("good", [0.98, 1.1, 0.9], "≥ 0.9", True, "c"), Row("bad", [0.5, 0.6], "≥ 0.9", False, "c")])
+    good, bad = text.splitlines()[2:]
+    assert "yes" in good and "0.9 … 1.1" in good and " 3 " in good
+    assert "**no**" in bad and "0.55" in bad
+
+
+def test_rows_judge_by_the_median() -> None:
+    found = {"ratios": [0.5, 0.95, 1.2], "shipped_bytes_per_second": [1 << 20] * 3}
+    ratio, rate = everything._shipping("seed", 0.9)(found, "c")
+    assert ratio.holds and rate.values == [1.0, 1.0, 1.0]
+    drained = [{"left_bytes": 1 << 20, "bound_seconds": 0.5, "durable_seconds": [0.2, 0.6, 0.7]}]
+    (drain,) = everything._drain(drained, "c")
+    assert drain.values == [0.4, 1.2, 1.4] and drain.holds is False
+
+
+def test_the_page_keeps_its_words() -> None:
+    before = f"# Title\n\nwords\n\n{BEGIN}\nold\n{END}\n\nmore\n"
+    after = page(before, [Row("what", [1.0], "", None, "c")], ["python -m x"])
+    assert after.startswith("# Title\n\nwords\n") and after.endswith(f"{END}\n\nmore\n") and "old" not in after
+    assert "    python -m x\n" in after and page(after, [], []).count(BEGIN) == 1
+    with pytest.raises(ValueError, match="no place"):
+        page("no place", [], [])
+
+
+def test_curves_are_well_formed_and_inside() -> None:
+    text = curves("a & b", "s", "MiB <left>", [Curve("one", [(0, 3), (2, 1)]), Curve("two", [(1, 0)])])
+    root = ElementTree.fromstring(text.encode())
+    lines_ = [item for item in root.iter() if item.tag.endswith("polyline")]
+    assert len(lines_) == 2
+    for line in lines_:
+        for pair in line.attrib["points"].split():
+            x, y = map(float, pair.split(","))
+            assert 70 <= x <= 630 and 50 <= y <= 310
+    with pytest.raises(ValueError):
+        curves("", "", "", [])
+
+
+def test_the_repositorys_page_has_the_place() -> None:
+    text = everything.PAGE.read_text()
+    assert text.count(BEGIN) == text.count(END) == 1
