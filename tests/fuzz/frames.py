@@ -24,7 +24,7 @@ from typing import Any, Callable
 from bmigrate.common.errors import BmigrateError
 from bmigrate.receive import session as sessions
 from bmigrate.receive.volumes import StandbyVolume
-from bmigrate.wire import frames
+from bmigrate.wire import frames, packing
 from bmigrate.wire.frames import FrameError, FrameReader, FrameType, FrameWriter
 
 EPOCH = 7
@@ -87,6 +87,8 @@ class Fuzzer:
         number = os.stat(self._paths[0]).st_rdev
         self._volumes = [StandbyVolume(path.stem, str(path), number, LIMIT_BYTES) for path in self._paths[:2]]
         self._buffer = memoryview(mmap.mmap(-1, frames.MAX_PAYLOAD_BYTES))
+        self._packer = packing.Packer()
+        self._unpacker = packing.Unpacker(memoryview(mmap.mmap(-1, frames.MAX_PAYLOAD_BYTES)))
         # Should a check be missing, the files must not fill the disk: a write beyond this fails, and is a finding.
         self._limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT_BYTES + GUARD_BYTES, self._limits[1]))
@@ -144,7 +146,7 @@ class Fuzzer:
         reader = FrameReader(frames.FROM_SENDER, epoch=EPOCH, buffer=self._buffer)
         link: Any = _Link()
         acks: Any = _Acks()
-        session = sessions.Session(link, self._volumes, acks, lambda name: None)
+        session = sessions.Session(link, self._volumes, acks, lambda name: None, self._unpacker)
         session.begin()
         try:
             for frame in reader.feed(stream):
@@ -186,13 +188,15 @@ class Fuzzer:
                 end = sum(table[-1])
             data = pick.randbytes(sum(length for _, length in table))
             fields.update(aux=len(table), payload=data + frames.encode_extents(table))
+        elif type_ is FrameType.PACKED:
+            fields.update(self._packed())
         elif type_ is FrameType.ZERO:
             fields.update(offset=offset, aux=pick.choice((512, 4096, 65536, 1, (1 << 64) - 1 - offset)))
         elif type_ is FrameType.HASH:
             fields.update(
                 offset=offset,
                 aux=pick.choice((512, 4096, 1 << 16)),
-                payload=frames.encode_chunk(1 << pick.randint(12, 22)),
+                payload=frames.encode_chunk(1 << pick.randint(12, 20)),
             )
         elif type_ is FrameType.REREAD:
             fields.update(
@@ -201,6 +205,21 @@ class Fuzzer:
         else:
             fields.update(aux=pick.choice(EXTREMES[1:]))
         return type_, fields
+
+    def _packed(self) -> dict[str, Any]:
+        """Compressed extents: right, beyond the bounds, not extents at all, no zstd, or far longer than they look."""
+        pick = self.random
+        start, length = 512 * pick.randrange(2 * LIMIT_BYTES // 512), 512 * pick.choice((1, 8, 64))
+        content = pick.randbytes(length // 2) + bytes(length - length // 2) + frames.encode_extents([(start, length)])
+        kind = pick.random()
+        if kind < 0.1:
+            content = pick.randbytes(pick.randint(1, 600))
+        elif kind < 0.12:
+            content = bytes(frames.MAX_PAYLOAD_BYTES + pick.choice((-16, 0, 1, 1 << 20)))
+        packed = self._packer.pack([content])
+        if kind > 0.9:
+            packed = pick.choice((packed[:-3], pick.randbytes(50), packed + packed, b"\0"))
+        return {"aux": pick.choice((1, 1, 1, 2)), "payload": packed}
 
     def _damaged(self, raw: bytes) -> bytes:
         head = dict(

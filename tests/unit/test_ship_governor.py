@@ -47,7 +47,11 @@ class Device:
             self.governor.read(count, busy)
             rest = self.governor.factor * busy
             if self.governor.wants_sample(self.now):
-                rest += self.governor.take(Sample(self.now, self.writes, self.write_seconds, self.stall))
+                probe = self.governor.take(Sample(self.now, self.writes, self.write_seconds, self.stall))
+                if probe:
+                    self._pass(probe, False)
+                    self.rested += probe
+                    self.governor.take(Sample(self.now, self.writes, self.write_seconds, self.stall))
             if rest:
                 self._pass(rest, False)
                 self.rested += rest

@@ -41,9 +41,11 @@ def message(draw: st.DrawFn, types: frozenset[FrameType] = frames.FROM_SENDER) -
             offset=0, aux=len(parts), payload=b"".join(data for _, data in parts)
             + frames.encode_extents([(offset, len(data)) for offset, data in parts]),
         )  # fmt: skip
+    elif type_ is FrameType.PACKED:
+        fields.update(offset=0, aux=draw(st.integers(1, 30)), payload=draw(st.binary(min_size=1, max_size=900)))
     elif type_ is FrameType.HASH:
         fields["aux"] = draw(st.integers(1, frames.MAX_HASH_BYTES))
-        fields["payload"] = frames.encode_chunk(1 << draw(st.integers(12, 22)))
+        fields["payload"] = frames.encode_chunk(1 << draw(st.integers(12, 20)))
     elif type_ is FrameType.REREAD:
         extents = draw(st.lists(st.tuples(st.integers(0, 1 << 60), st.integers(1, 1 << 20)), min_size=1, max_size=20))
         fields["payload"] = frames.encode_extents(extents)

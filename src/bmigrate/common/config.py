@@ -101,6 +101,7 @@ SCHEMA: dict[str, Any] = {
         "granule": {"anyOf": [{"const": "auto"}, {"enum": [1 << n for n in range(12, 21)]}]},
         "overflow_region_bytes": {"enum": [1 << n for n in range(12, 27)]},
         "transport": {"enum": ["openssh", "paramiko"]},
+        "compression": {"enum": ["none", "zstd"]},
         "bitmap_directory": {"anyOf": [{"type": "null"}, _ABSOLUTE]},
         "limits": {
             "type": "object",
@@ -197,6 +198,7 @@ class Config:
     granule: int | None = None
     overflow_region_bytes: int | None = None
     transport: str = "openssh"
+    compression: str = "none"
     bitmap_directory: str | None = None
     limits: Limits = field(default_factory=Limits)
 
@@ -308,6 +310,7 @@ def parse(data: dict[str, Any]) -> Config:
         granule=None if granule == "auto" else int(granule),
         overflow_region_bytes=data.get("overflow_region_bytes"),
         transport=data.get("transport", "openssh"),
+        compression=data.get("compression", "none"),
         bitmap_directory=data.get("bitmap_directory"),
         limits=Limits(**data.get("limits", {})),
     )

@@ -76,7 +76,7 @@ class Hasher:
         end = offset + length
         try:
             while offset < end:
-                # Whole chunks: the largest chunk is as long as a buffer.
+                # Whole chunks: a buffer is as long as the largest chunk that framing lets through.
                 step = min(READ_BYTES, end - offset)
                 buffer = self._buffer()
                 view = volume.read_into(buffer[:step], offset)

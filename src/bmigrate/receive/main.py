@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import mmap
 import os
 import re
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from bmigrate.receive.ackfile import AckFile
 from bmigrate.receive.link import Link
 from bmigrate.receive.session import Session
 from bmigrate.receive.volumes import StandbyVolume
+from bmigrate.wire import frames, packing
 from bmigrate.wire import hello as greeting
 from bmigrate.wire.frames import FrameError, FrameType
 
@@ -154,12 +156,21 @@ def serve(link: Link, workload: str) -> str:
             def clear_suspect(name: str) -> None:
                 hold.call("clear_suspect", workload=workload, volume=name)
 
-            return Session(link, volumes, acks, clear_suspect).run()
+            unpacker = None
+            if _compression(hello):
+                unpacker = packing.Unpacker(memoryview(mmap.mmap(-1, frames.MAX_PAYLOAD_BYTES)))
+            return Session(link, volumes, acks, clear_suspect, unpacker).run()
         finally:
             for item in volumes:
                 item.close()
             if acks is not None:
                 acks.close()
+
+
+def _compression(hello: greeting.Hello) -> str:
+    """What is agreed on: what the sender would like, if this host has it."""
+    wanted = hello.version >= 2 and hello.compression == packing.NAME
+    return packing.NAME if wanted and packing.available() else ""
 
 
 def _welcome(hello: greeting.Hello, grant: dict[str, Any]) -> greeting.Welcome:
@@ -171,6 +182,7 @@ def _welcome(hello: greeting.Hello, grant: dict[str, Any]) -> greeting.Welcome:
         boot_id=grant["boot_id"],
         silence_seconds=grant["silence_seconds"],
         v=hello.version,
+        compression=_compression(hello),
         volumes=[
             greeting.WelcomeVolume(
                 volume.name,

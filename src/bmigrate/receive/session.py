@@ -19,7 +19,9 @@ from bmigrate.receive.flusher import Flusher
 from bmigrate.receive.hasher import Hasher
 from bmigrate.receive.link import Link
 from bmigrate.receive.volumes import StandbyVolume
+from bmigrate.wire import frames
 from bmigrate.wire.frames import Frame, FrameType
+from bmigrate.wire.packing import Unpacker
 
 log = logging.getLogger("breceive")
 
@@ -29,12 +31,19 @@ class Session:
 
     Args:
         link: the connection. volumes: in the order of the indexes of WELCOME. acks: the open receive.ack.
+        unpacker: when compression was agreed on.
         clear_suspect: tells hold that the volume of that name was compared as a whole and is equal again.
     """
 
     def __init__(
-        self, link: Link, volumes: list[StandbyVolume], acks: AckFile, clear_suspect: Callable[[str], None]
+        self,
+        link: Link,
+        volumes: list[StandbyVolume],
+        acks: AckFile,
+        clear_suspect: Callable[[str], None],
+        unpacker: Unpacker | None = None,
     ) -> None:
+        self._unpacker = unpacker
         self._link = link
         self._volumes = volumes
         self._flusher = Flusher(link, volumes, acks)
@@ -44,6 +53,7 @@ class Session:
         self._handlers: dict[FrameType, Callable[[Frame], None]] = {
             FrameType.DATA: self._data,
             FrameType.EXTENTS: self._extents,
+            FrameType.PACKED: self._packed,
             FrameType.ZERO: self._zero,
             FrameType.SYNC: self._sync,
             FrameType.HASH: self._hash,
@@ -103,6 +113,11 @@ class Session:
 
     def _data(self, frame: Frame) -> None:
         self._volume(frame).write(frame.offset, frame.payload)
+
+    def _packed(self, frame: Frame) -> None:
+        if self._unpacker is None:
+            raise RefusedError("PACKED frame, and no compression was agreed on", reason="bad_type")
+        self._extents(frames.unpacked(frame, self._unpacker.unpack(frame.payload)))
 
     def _extents(self, frame: Frame) -> None:
         volume, parts = self._volume(frame), frame.parts()

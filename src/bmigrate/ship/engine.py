@@ -68,7 +68,7 @@ class Engine(threading.Thread):
         self.snapshot: Snapshot | None = None
         self.activity: str | None = None
         self.progress: dict[str, int] | None = None
-        self.limiter: str | None = None
+        self._limiter: str | None = None
         self.last_error: BmigrateError | None = None
         self.defect: BaseException | None = None
         self._sealed_by: str | None = None
@@ -334,7 +334,7 @@ class Engine(threading.Thread):
 
     def _passed(self, result: PassResult, before: Snapshot, after: Snapshot) -> None:
         """A pass is complete and durable: what does it say?"""
-        self.limiter = result.limiter
+        self._limiter = result.limiter
         self.pacer.losing = self.trend.unhelpful >= 1
         fresh = {name: item.seed_count for name, item in before.volumes.items()}
         if any(self.record.seeded.get(name) != count for name, count in fresh.items()):
@@ -354,6 +354,13 @@ class Engine(threading.Thread):
         return predicted_drain_seconds(
             snapshot.left_bytes, rate.bytes_per_second, rate.latency_seconds, self.dirty_rate.bytes_per_second
         )
+
+    @property
+    def limiter(self) -> str | None:
+        """What limits the pass under way once it has gone on for some seconds, else what limited the last one."""
+        began = self.pacer.began
+        seconds = time.monotonic() - began if began is not None else 0.0
+        return self.pacer.limiter(seconds) if seconds > 3.0 else self._limiter
 
     def seeding(self) -> bool:
         """Whether a volume was not completely shipped once since its last seed."""

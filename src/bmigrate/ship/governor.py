@@ -92,7 +92,8 @@ class Governor:
     def take(self, sample: Sample) -> float:
         """Close a window and open the next.
 
-        Returns: seconds to rest at once, before reading again: 0, or a whole window to find the baseline in.
+        Returns: seconds to rest at once and then to take another sample, before reading again: 0, or a whole window to
+            find the baseline in.
         """
         start, resting = self._start, self._resting
         if start is not None and not resting and sample.writes - start.writes < MIN_WRITES:

@@ -16,7 +16,7 @@ from bmigrate.ship.link import Link, StreamEnded
 from bmigrate.ship.record import Record
 from bmigrate.ship.source import SourceVolume
 from bmigrate.ship.tracker import Snapshot
-from bmigrate.wire import frames, hello
+from bmigrate.wire import frames, hello, packing
 from bmigrate.wire.frames import FrameType
 from bmigrate.wire.hello import Welcome
 
@@ -67,6 +67,7 @@ def greeting(
         boot_id=blockdev.boot_id(),
         incarnation=snapshot.incarnation,
         highest_epoch=snapshot.highest_epoch,
+        compression=packing.NAME if config.compression == packing.NAME and packing.available() else "",
         volumes=[
             hello.HelloVolume(item.name, item.size_bytes, item.logical_block_size, item.granule_bytes)
             for item in volumes
@@ -109,6 +110,12 @@ def shake_hands(link: Link, greet: hello.Hello, volumes: list[SourceVolume]) -> 
                 reason="too_small",
             )
         source.index = item.index
+    if welcome.compression not in ("", greet.compression):
+        raise RefusedError(
+            f"{peer} wants the compression {welcome.compression!r}, which was not offered",
+            host=peer,
+            reason="bad_hello",
+        )
     link.set_epoch(welcome.epoch)
     return welcome
 

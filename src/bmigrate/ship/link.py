@@ -86,6 +86,20 @@ class Link:
                 buffers[1] = _damaged(buffers[1])
             self._put(buffers)
 
+    def send_packed(self, volume: int, count: int, packed: bytes) -> None:
+        """Write one PACKED frame of ``count`` extents; blocks while the pipe is full.
+
+        Raises:
+            StreamEnded: the connection is over.
+        """
+        with self._lock:
+            if self._broken:
+                raise StreamEnded("an earlier write failed")
+            header, body = self._writer.encode_packed(volume, count, packed)
+            if faults.point("ship.send") == "corrupt":
+                body = _damaged(body)
+            self._put([header, body])
+
     def send_if_free(self, type_: FrameType) -> bool:
         """Write one small frame unless somebody is writing; False then (what he writes says the same: alive)."""
         if not self._lock.acquire(blocking=False):

@@ -41,6 +41,7 @@ class Pacer:
         self.spent: dict[str, float] = dict.fromkeys(LIMITERS, 0.0)
         self._thread = threading.local()
         self.losing = False
+        self.began: float | None = None
         self._services = services
         self._governors: dict[int, Governor] = {}
         self._files: list[Path] = []
@@ -54,6 +55,7 @@ class Pacer:
     def begin(self) -> None:
         """A walk begins: start measuring, and ``enter``."""
         self.spent = dict.fromkeys(LIMITERS, 0.0)
+        self.began = time.monotonic()
         self.enter()
 
     def enter(self) -> None:
@@ -109,12 +111,14 @@ class Pacer:
         seconds = governor.factor * busy_seconds
         if governor.wants_sample(now):
             sample = self._sample(number, now)
-            if sample is not None:
-                seconds += governor.take(sample)
-        if seconds <= 0:
-            return
-        self.urgent.wait(min(seconds, 2.0))
-        # A probe costs what it costs; only what the foreground's suffering costs is the limiter.
+            probe = governor.take(sample) if sample is not None else 0.0
+            if probe and not self.urgent.wait(probe):
+                # At once: the next read must not be in the window that shows how things are without it.
+                sample = self._sample(number, time.monotonic())
+                if sample is not None:
+                    governor.take(sample)
+        if seconds > 0:
+            self.urgent.wait(min(seconds, 2.0))
         self.charge(governor.reason or "source_read", time.monotonic() - began)
 
     def _sample(self, number: int, now: float) -> Sample | None:

@@ -111,10 +111,28 @@ class Sender:
         if faults.point("ship.payload") == "corrupt":
             offset, data = parts[0]
             parts[0] = (offset, memoryview(bytes([data[0] ^ 0xFF]) + bytes(data[1:])))
-        self._pacer.before_send(total + HEADER_BYTES)
-        began = time.monotonic()
-        self._session.send_extents(volume, parts)
-        self._pacer.charge("link", time.monotonic() - began)
+        packer, choice = self._session.packer, self._session.choice
+        if packer is None:
+            self._pacer.before_send(total + HEADER_BYTES)
+            began = time.monotonic()
+            self._session.send_extents(volume, parts)
+            self._pacer.charge("link", time.monotonic() - began)
+        else:
+            began = time.monotonic()
+            packed = None
+            if choice.packing:
+                table = frames.encode_extents([(offset, len(data)) for offset, data in parts])
+                packed = packer.pack([*(data for _, data in parts), table])
+            packing_seconds = time.monotonic() - began
+            self._pacer.before_send((total if packed is None else len(packed)) + HEADER_BYTES)
+            sending = time.monotonic()
+            if packed is None or len(packed) >= total:
+                self._session.send_extents(volume, parts)
+            else:
+                self._session.send_packed(volume, len(parts), packed)
+            now = time.monotonic()
+            self._pacer.charge("link", now - sending)
+            choice.spent(total, packing_seconds, now - began)
         claim.data_bytes += total
 
     def _add_zero(self, volume: SourceVolume, claim: Claim, offset: int, length: int) -> None:
@@ -193,4 +211,5 @@ def run_pass(
     result.seconds = time.monotonic() - began
     pacer.charge("standby", session.standby_wait_seconds - waited)
     result.limiter = pacer.limiter(result.seconds)
+    pacer.began = None
     return result

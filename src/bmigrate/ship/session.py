@@ -35,6 +35,7 @@ from bmigrate.ship.transport import Transport, closed_by_peer
 from bmigrate.ship.window import Claim, ProtocolError, Window
 from bmigrate.wire import frames, hello
 from bmigrate.wire.frames import FrameType
+from bmigrate.wire.packing import Choice, Packer
 
 MAX_CLAIMS_IN_FLIGHT = 512
 MAX_BYTES_IN_FLIGHT = 128 << 20
@@ -59,6 +60,7 @@ class Session:
 
     Attributes:
         epoch, session_id: of the lease. version: of the protocol. volumes: in the configured order.
+        packer: compresses extents when that was agreed on, else None. choice: whether it is worth while.
         standby_suspects: volume -> why the standby distrusts its copy, as of WELCOME.
         rate: the ship rate, fed by the acknowledgements.
     """
@@ -70,6 +72,8 @@ class Session:
         self.epoch = 0
         self.session_id = ""
         self.version = frames.VERSION
+        self.packer: Packer | None = None
+        self.choice = Choice()
         self.incarnation = ""
         self.volumes: list[SourceVolume] = []
         self.standby_suspects: dict[str, str] = {}
@@ -137,6 +141,8 @@ class Session:
         greeting = handshake.greeting(self.config, generation, self.record, snapshot, self.volumes)
         welcome = handshake.shake_hands(self._link, greeting, self.volumes)
         self.epoch, self.session_id, self.version = welcome.epoch, welcome.session_id, welcome.v
+        if welcome.compression:
+            self.packer, self.choice = Packer(), Choice()
         self.standby_suspects = {item.name: item.suspect for item in welcome.volumes if item.suspect}
         self._silence_seconds = welcome.silence_seconds
 
@@ -244,6 +250,19 @@ class Session:
                 return
             for offset, data in parts:
                 self._link.send(FrameType.DATA, volume=volume.index, offset=offset, payload=data)
+        except StreamEnded as exc:
+            raise self._lost() from exc
+
+    def send_packed(self, volume: SourceVolume, count: int, packed: bytes) -> None:
+        """Write ``count`` extents that are compressed.
+
+        Raises:
+            BmigrateError: why the session is over.
+        """
+        self.check()
+        assert self._link is not None
+        try:
+            self._link.send_packed(volume.index, count, packed)
         except StreamEnded as exc:
             raise self._lost() from exc
 

@@ -21,7 +21,7 @@ from typing import NamedTuple, Union
 
 MAGIC = 0x31474D42  # "BMG1", little-endian
 VERSION = 2
-"""The newest version of the protocol that this host speaks; 2 has EXTENTS frames. HELLO and WELCOME agree on one."""
+"""The newest version that this host speaks; 2 has EXTENTS and PACKED frames. HELLO and WELCOME agree on one."""
 MIN_VERSION = 1
 HEADER = struct.Struct("<IBBHQQQQIIII")
 HEADER_BYTES = 56
@@ -34,6 +34,7 @@ MAX_JSON_BYTES = 64 << 10
 MAX_HASH_BYTES = 64 << 20
 """Longest range of one HASH frame, and largest sum of lengths of one REREAD frame."""
 MIN_HASH_CHUNK_BYTES = 4096
+MAX_HASH_CHUNK_BYTES = 1 << 20
 HASH_DIGEST_BYTES = 16
 EXTENT_DIGEST_BYTES = 32
 MAX_EXTENTS = 1022
@@ -63,6 +64,7 @@ class FrameType(enum.IntEnum):
     BYE = 14
     ERROR = 15
     EXTENTS = 16
+    PACKED = 17
 
 
 _BOTH = frozenset({FrameType.RESYNC_DONE, FrameType.PING, FrameType.PONG, FrameType.BYE, FrameType.ERROR})
@@ -70,6 +72,7 @@ FROM_SENDER = _BOTH | {
     FrameType.HELLO,
     FrameType.DATA,
     FrameType.EXTENTS,
+    FrameType.PACKED,
     FrameType.ZERO,
     FrameType.SYNC,
     FrameType.HASH,
@@ -77,7 +80,7 @@ FROM_SENDER = _BOTH | {
 }
 FROM_RECEIVER = _BOTH | {FrameType.WELCOME, FrameType.ACK, FrameType.HASHES, FrameType.DIGESTS}
 
-_SINCE_VERSION_2 = frozenset({FrameType.EXTENTS})
+_SINCE_VERSION_2 = frozenset({FrameType.EXTENTS, FrameType.PACKED})
 
 
 def from_sender(version: int) -> frozenset[FrameType]:
@@ -270,6 +273,12 @@ def _check_shape(head: _Header) -> None:
             )
         if length <= head.aux * _EXTENT.size:
             raise BadShapeError(f"EXTENTS frame of {length} bytes has no room for data and {head.aux} extents")
+    elif head.type is FrameType.PACKED:
+        if not 1 <= head.aux <= MAX_EXTENTS or head.offset or not length:
+            raise BadShapeError(
+                f"PACKED frame of {head.aux} extents and {length} bytes at offset {head.offset}: expected 1 to "
+                f"{MAX_EXTENTS}, some, and 0"
+            )
     elif head.type is FrameType.HASH:
         if length != _CHUNK.size or not 0 < head.aux <= MAX_HASH_BYTES:
             raise BadShapeError(
@@ -288,14 +297,27 @@ def _check_shape(head: _Header) -> None:
         raise BadShapeError(f"{name} frame at offset {head.offset} ends beyond 2^64")
 
 
+def unpacked(frame: Frame, content: memoryview) -> Frame:
+    """The EXTENTS frame that a PACKED frame carried, checked like one.
+
+    Raises:
+        FrameError: it is not one.
+    """
+    head = _Header(FrameType.EXTENTS, frame.volume, frame.epoch, frame.seq, 0, frame.aux, len(content), 0)
+    _check_shape(head)
+    made = Frame(FrameType.EXTENTS, frame.volume, frame.epoch, frame.seq, 0, frame.aux, content)
+    _check_payload(made)
+    return made
+
+
 def _check_payload(frame: Frame) -> None:
     """Refuse what only the payload shows: a chunk size or a list of extents that would cost without bound."""
     if frame.type is FrameType.HASH:
         chunk = frame.chunk_bytes()
-        if not MIN_HASH_CHUNK_BYTES <= chunk <= MAX_PAYLOAD_BYTES or chunk & (chunk - 1):
+        if not MIN_HASH_CHUNK_BYTES <= chunk <= MAX_HASH_CHUNK_BYTES or chunk & (chunk - 1):
             raise BadShapeError(
                 f"HASH frame with chunks of {chunk} bytes: expected a power of two from "
-                f"{MIN_HASH_CHUNK_BYTES} to {MAX_PAYLOAD_BYTES}"
+                f"{MIN_HASH_CHUNK_BYTES} to {MAX_HASH_CHUNK_BYTES}"
             )
     elif frame.type is FrameType.EXTENTS:
         _check_table(frame)
@@ -366,6 +388,13 @@ class FrameWriter:
         )
         self.next_seq += 1
         return raw, view
+
+    def encode_packed(self, volume: int, count: int, packed: bytes) -> tuple[bytes, memoryview]:
+        """Encode one PACKED frame: ``count`` extents, their EXTENTS payload compressed.
+
+        Raises: TooLongError for a frame that no reader would accept; no number is used up then.
+        """
+        return self.encode(FrameType.PACKED, volume=volume, aux=count, payload=packed)
 
     def encode_extents(self, volume: int, parts: list[tuple[int, memoryview]]) -> list[Buffer]:
         """Encode one EXTENTS frame without copying data.

@@ -22,6 +22,7 @@ _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}\Z")
 _ID = re.compile(r"[0-9a-f]{32}\Z")
 _INCARNATION = re.compile(r"[0-9a-f]{8,64}\Z")
 _BOOT_ID = re.compile(r"[0-9a-f-]{32,36}\Z")
+_COMPRESSION = re.compile(r"[a-z0-9]{0,16}\Z")
 _MAX_U64 = (1 << 64) - 1
 
 
@@ -84,7 +85,8 @@ class Hello:
 
     `incarnation` is that of its breqd. `highest_epoch` is the highest epoch that breqd has ever
     been told of (0: none): the new one will be above it, also when the standby's notes were lost.
-    `v_min` to `v` are the versions of the protocol that the sender speaks.
+    `v_min` to `v` are the versions of the protocol that the sender speaks. `compression` is what it would like to
+    use, "" for none.
     """
 
     workload: str
@@ -97,6 +99,7 @@ class Hello:
     highest_epoch: int = 0
     v: int = VERSION
     v_min: int = MIN_VERSION
+    compression: str = ""
 
     @property
     def version(self) -> int:
@@ -121,7 +124,10 @@ class WelcomeVolume:
 
 @dataclass(frozen=True)
 class Welcome:
-    """The receiver's answer: the session is open, the fence of `epoch` is durable. `v`: version of the session."""
+    """The receiver's answer: the session is open, the fence of `epoch` is durable.
+
+    `v` is the version of the session, `compression` what PACKED frames may be compressed with, "" for none of them.
+    """
 
     epoch: int
     session_id: str
@@ -130,6 +136,7 @@ class Welcome:
     silence_seconds: float
     volumes: list[WelcomeVolume] = field(default_factory=list)
     v: int = VERSION
+    compression: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object."""
@@ -175,6 +182,7 @@ def decode_hello(payload: bytes | memoryview | Mapping[str, Any]) -> Hello:
         highest_epoch=data.number("highest_epoch", 0, default=0),
         v=high,
         v_min=low,
+        compression=data.text("compression", _COMPRESSION, optional=True) or "",
     )
     generation.done()
     if last is not None:
@@ -209,6 +217,7 @@ def decode_welcome(payload: bytes | memoryview | Mapping[str, Any]) -> Welcome:
         silence_seconds=data.seconds("silence_seconds"),
         volumes=volumes,
         v=agree(version, version),
+        compression=data.text("compression", _COMPRESSION, optional=True) or "",
     )
     data.done()
     if [volume.index for volume in volumes] != list(range(len(volumes))):
