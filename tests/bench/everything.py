@@ -69,6 +69,10 @@ def _records(found: Any, command: str) -> list[Row]:
         Row("breqd: million records/s on a core, one block each, 1 TiB", millions, "≥ 5", _least(millions, 5), command),
         Row("breqd: million blocks/s, records of 1 block to 1 MiB", mix, "", None, command),
     ]
+    for item in found["amplification"]:
+        ratio = [item["shipped_over_written"]]
+        what = f"breqd: shipped / written, random 4 KiB writes, {int(item['size_bytes']) >> 40} TiB, granule `auto`"
+        rows.append(Row(what, ratio, "≤ 1.1", _most(ratio, 1.1), command))
     for volumes in (1, 256):
         share = [100 * value for value in cases[f"share_{volumes}"]["share_of_core"]]
         what = f"breqd: % of a core at 100,000 requests/s, {volumes} volume{'s' if volumes > 1 else ''}"

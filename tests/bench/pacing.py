@@ -37,9 +37,8 @@ def throttle(lab: Lab, host: str, bytes_per_second: int) -> None:
         if (item.get("inserted") or {}).get("node-name") == serial
     ]
     limits = dict.fromkeys(("bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
-    # A bucket of a twentieth of a second: what a disk of that speed would have in flight.
-    burst = {"bps_max": bytes_per_second, "bps_max_length": 1} if bytes_per_second else {}
-    qemu.monitor(monitor, "block_set_io_throttle", {"id": place, "bps": bytes_per_second, **limits, **burst})
+    # QEMU's own bucket holds a tenth of a second.
+    qemu.monitor(monitor, "block_set_io_throttle", {"id": place, "bps": bytes_per_second, **limits})
 
 
 def fio(rig: Rig, host: str, seconds: int) -> dict[str, float]:

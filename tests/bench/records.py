@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from bmigrate.breqd.bitmapfile import choose_granule
 from bmigrate.breqd.records import RECORD
 from bmigrate.breqd.tracker import Tracker
 from bmigrate.kernel import abi
@@ -73,20 +74,20 @@ def uniform(count: int, volumes: int, size: int, longest: int, seed: int) -> Any
     return records
 
 
-def tracker(directory: Path, volumes: int, size: int) -> Tracker:
+def tracker(directory: Path, volumes: int, size: int, granule: int = GRANULE) -> Tracker:
     """Maps over mapped files, without bitmap headers and without a kernel."""
     made = Tracker()
     for number in range(volumes):
-        length = -(-size // GRANULE // 8)
+        length = -(-size // granule // 8)
         mirrors = []
         for kind in ("map", "failed"):
             path = directory / f"{number}.{kind}"
             with open(path, "wb") as out:
                 os.posix_fallocate(out.fileno(), 0, length)
             mirrors.append(np.memmap(path, dtype=np.uint8, mode="r+", shape=(length,)))
-        made.maps.add(("wl", f"v{number}"), size, GRANULE, mirrors[0], mirrors[1], 0.0)
+        made.maps.add(("wl", f"v{number}"), size, granule, mirrors[0], mirrors[1], 0.0)
     for number in range(volumes):
-        made.slots.put(number, 0, size, GRANULE, made.maps.global_start(("wl", f"v{number}")))
+        made.slots.put(number, 0, size, granule, made.maps.global_start(("wl", f"v{number}")))
     return made
 
 
@@ -162,6 +163,21 @@ def measure(count: int, rounds: int) -> dict[str, Any]:
     return cases
 
 
+def amplification(size: int, writes: int) -> dict[str, float]:
+    """What is claimed for shipping over what was written: random writes of 4 KiB, each counted once, granule `auto`."""
+    with tempfile.TemporaryDirectory(prefix="bmigrate-bench-") as name:
+        made = tracker(Path(name), 1, size, choose_granule(size, None))
+        records = uniform(writes, 1, size, 1, 3)
+        written = len(np.unique(records["sector"])) * 4096
+        consume(stream(records, BATCH), BATCH, made.apply)
+        key, claimed, at = next(iter(made.maps.volumes)), 0, 0
+        while True:
+            taken = made.maps.claim(key, 64 << 20, at)
+            if taken.number is None:
+                return {"size_bytes": size, "written_bytes": written, "shipped_over_written": claimed / written}
+            claimed, at = claimed + sum(length for _, length in taken.extents), taken.next_offset_bytes
+
+
 def memory() -> dict[str, int]:
     """Resident bytes of a process that holds the maps of one volume of 1 TiB, and what the maps take of it."""
     with tempfile.TemporaryDirectory(prefix="bmigrate-bench-") as name:
@@ -185,8 +201,9 @@ def main() -> int:
         parser.error("at least 2 rounds")
     cases = measure(arguments.records, arguments.rounds)
     used = memory()
+    wide = [amplification(size * TIB, 1 << 18) for size in (1, 4)]
     if arguments.json:
-        print(json.dumps({"cases": cases, "memory": used}))
+        print(json.dumps({"cases": cases, "memory": used, "amplification": wide}))
         return 0
 
     def line(values: list[float], digits: int) -> str:
@@ -202,6 +219,8 @@ def main() -> int:
     for volumes in (1, 256):
         shares = [100 * value for value in cases[f"share_{volumes}"]["share_of_core"]]
         print(f"{REQUESTS_PER_SECOND:,} requests/s, {volumes:3} volumes: {line(shares, 2)} % of a core")
+    for item in wide:
+        print(f"{int(item['size_bytes']) >> 40} TiB: shipped / written {item['shipped_over_written']:.3f}")
     print(f"memory: {used['resident_bytes'] >> 20} MiB resident, {used['maps_bytes'] >> 20} MiB of it maps of 1 TiB")
     return 0
 

@@ -133,12 +133,13 @@ def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
         BitmapFile(tmp_path / "v.bitmap")
 
 
-def test_granule_auto_keeps_the_map_under_128_mib() -> None:
+def test_granule_auto_keeps_the_map_within_128_mib() -> None:
     assert bitmapfile.choose_granule(1 << 40, None) == 4096
-    assert bitmapfile.choose_granule(4 << 40, None) == 8192
+    assert bitmapfile.choose_granule(4 << 40, None) == 4096, "4 TiB and 4 KiB are just 128 MiB"
+    assert bitmapfile.choose_granule((4 << 40) + 32768, None) == 8192
     for size in (1, 1 << 30, 1 << 42, 1 << 45):
         granule = bitmapfile.choose_granule(size, None)
-        assert granule >= 4096 and size / granule / 8 < 128 << 20
+        assert granule >= 4096 and size / granule / 8 <= 128 << 20
     assert bitmapfile.choose_granule(1 << 30, 65536) == 65536
 
 

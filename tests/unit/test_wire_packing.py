@@ -121,7 +121,8 @@ def test_never_slower_and_nearly_as_fast_as_the_better_way(link: float, packing_
     simulated = Link(link, packing_rate, share)
     simulated.run(total)
     plain, packed = total / link, total / packing_rate + total * share / link
-    assert simulated.seconds <= 1.05 * min(plain, packed) + 0.1
+    # At the begin nothing is known: the first LOOK_BYTES go plainly.
+    assert simulated.seconds <= 1.05 * min(plain, packed) + packing.LOOK_BYTES / link
 
 
 def test_it_follows_the_link() -> None:

@@ -18,9 +18,7 @@ from tests.vm.writer import FIRST_SEED
 pytestmark = pytest.mark.vm
 
 KINDS = (
-    "kill at breqd.marked",
     "kill at receive.synced",
-    "kill at ship.acked",
     "kill at hold.saved",
     "full disk, primary",
     "full disk, standby",

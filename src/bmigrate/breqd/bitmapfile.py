@@ -38,7 +38,7 @@ _AUTO_LIMIT_BYTES = 128 << 20
 
 
 def choose_granule(size_bytes: int, wanted: int | None) -> int:
-    """The granule in bytes: as configured, or 4 KiB while the map stays under 128 MiB, coarser beyond.
+    """The granule in bytes: as configured, or 4 KiB while the map takes 128 MiB at most (4 TiB), coarser beyond.
 
     Args:
         size_bytes: of the volume.
@@ -47,7 +47,7 @@ def choose_granule(size_bytes: int, wanted: int | None) -> int:
     if wanted is not None:
         return wanted
     granule = SMALLEST_GRANULE
-    while granule < LARGEST_GRANULE and size_bytes // granule // 8 >= _AUTO_LIMIT_BYTES:
+    while granule < LARGEST_GRANULE and size_bytes // granule // 8 > _AUTO_LIMIT_BYTES:
         granule *= 2
     return granule
 

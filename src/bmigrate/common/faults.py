@@ -48,7 +48,8 @@ def point(name: str) -> str | None:
         if action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif action == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
+            # To this thread: sent to the process, another thread may take it, and this one go on past the point.
+            signal.raise_signal(signal.SIGSTOP)
         elif action == "delay":
             time.sleep(float(argument))
         elif action == "error":

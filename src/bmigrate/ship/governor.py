@@ -30,6 +30,8 @@ PRESSURE_SLACK = 0.15
 READ_SECONDS = 0.015
 """How long one read of the shipper may keep the device under writes."""
 MIN_READ_BYTES = 64 * 1024
+EASE = 0.03
+"""By how much the factor falls in a window in which nobody suffered."""
 _MEMORY = 0.5
 
 
@@ -126,11 +128,12 @@ class Governor:
                 worse = "io_latency"
         if worse:
             self.reason = worse
-            self.factor = min(MAX_FACTOR, max(0.1, self.factor * 1.5))
+            self.factor = min(MAX_FACTOR, max(0.25, self.factor * 1.5))
         else:
-            self.factor *= 0.8
-            if self.factor < 0.05:
-                self.factor, self.reason = 0.0, None
+            # Slowly: where it was too much a moment ago, it will be again.
+            self.factor = max(0.0, self.factor - EASE)
+            if not self.factor:
+                self.reason = None
 
 
 def _smoothed(old: float | None, new: float | None) -> float | None:

@@ -135,6 +135,6 @@ class Choice:
         self._bytes, self._seconds, self._stretches, self._looking = 0, 0.0, 0, False
         if lost:
             self.packing = not self.packing
-            self._pause = min(LONGEST_PAUSE, max(SHORTEST_PAUSE, self._pause * 2))
+            self._pause = min(LONGEST_PAUSE, max(SHORTEST_PAUSE, self._pause * 4))
         else:
             self._pause = SHORTEST_PAUSE
