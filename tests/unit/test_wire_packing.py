@@ -116,13 +116,14 @@ class Link:
 )
 @settings(max_examples=150)
 def test_never_slower_and_nearly_as_fast_as_the_better_way(link: float, packing_rate: float, share: float) -> None:
-    """Over 8 GiB: at most 5 % above the cheaper of the two ways, whatever link, processor and data."""
+    """Over 8 GiB: at most 5 % and some looks above the cheaper way, whatever link, processor and data."""
     total = 8 << 30
     simulated = Link(link, packing_rate, share)
     simulated.run(total)
     plain, packed = total / link, total / packing_rate + total * share / link
-    # At the begin nothing is known: the first LOOK_BYTES go plainly.
-    assert simulated.seconds <= 1.05 * min(plain, packed) + packing.LOOK_BYTES / link
+    # At the begin nothing is known: the first LOOK_BYTES go plainly; and a look costs a piece at least.
+    looks = packing.LOOK_BYTES / link + 16 * MIB / packing_rate
+    assert simulated.seconds <= 1.05 * min(plain, packed) + looks
 
 
 def test_it_follows_the_link() -> None:
