@@ -30,7 +30,7 @@ PRESSURE_SLACK = 0.15
 READ_SECONDS = 0.015
 """How long one read of the shipper may keep the device under writes."""
 MIN_READ_BYTES = 64 * 1024
-EASE = 0.03
+EASE = 0.02
 """By how much the factor falls in a window in which nobody suffered."""
 _MEMORY = 0.5
 
@@ -128,7 +128,7 @@ class Governor:
                 worse = "io_latency"
         if worse:
             self.reason = worse
-            self.factor = min(MAX_FACTOR, max(0.25, self.factor * 1.5))
+            self.factor = min(MAX_FACTOR, max(0.5, self.factor * 2))
         else:
             # Slowly: where it was too much a moment ago, it will be again.
             self.factor = max(0.0, self.factor - EASE)
