@@ -104,6 +104,7 @@ class FakeBreqd:
     def _boot(self) -> None:
         self.maps = Maps()
         for item in self.items.values():
+            item.record.begun = -1
             self.maps.add(item.key, item.size, GRANULE, item.mirror, item.failed, time.monotonic())
         self.leases = Leases(self)  # type: ignore[arg-type]
 
@@ -209,8 +210,9 @@ class FakeBreqd:
 
     def _op_resync_begin(self, request: dict[str, Any]) -> dict[str, Any]:
         record = self.items[self._key(request)].record
+        resumed = request.get("resume") == f"r{record.begun}" and record.begun == record.suspicions
         record.begun = record.suspicions
-        return {"resync_id": "r"}
+        return {"resync_id": f"r{record.begun}", "resumed": resumed}
 
     def _op_resync_end(self, request: dict[str, Any]) -> dict[str, Any]:
         record = self.items[self._key(request)].record

@@ -277,6 +277,30 @@ def test_a_crash_of_the_host_makes_the_volume_suspect_and_a_resync_ends_that(hos
     assert host.volume("a")["suspect"] is None
 
 
+def test_a_resync_goes_on_only_while_nothing_came_up(host: Host) -> None:
+    """By its id, in the same daemon, and not after another suspicion."""
+    host.start()
+    host.call("attach", workload="w", volume="a", mode="seed")
+
+    def begin(resume: object = None) -> tuple[object, bool]:
+        answer = host.call("resync_begin", workload="w", volume="a", resume=resume)
+        return answer["resync_id"], answer["resumed"]
+
+    host.call("suspect", workload="w", volume="a", reason="one")
+    first, resumed = begin()
+    assert not resumed and begin(first) == (first, True)
+    assert not begin("0" * 16)[1], "an id that was never given"
+    second, _ = begin()
+    assert begin(second) == (second, True) and not begin(first)[1], "an older resync of the same daemon"
+    third, _ = begin()
+    host.call("suspect", workload="w", volume="a", reason="another")
+    assert not begin(third)[1], "a suspicion came up since"
+    fourth, _ = begin()
+    host.kill()
+    host.start()
+    assert not begin(fourth)[1], "another daemon"
+
+
 def test_the_module_lost_its_attachment_within_a_boot(host: Host) -> None:
     host.start()
     host.call("attach", workload="w", volume="a", mode="seed")

@@ -204,24 +204,76 @@ def test_resync_ships_only_what_differs(world: World) -> None:
     world.check_equal()
 
 
-def test_resync_under_writes_that_is_killed_begins_anew(world: World) -> None:
-    """A receiver dies while it hashes: still suspect, compared again from the start, equal in the end."""
-    engine = world.engine()
-    world.until(engine, "in_step")
-    world.start_writer()
-    for _ in range(50):
+@pytest.fixture
+def wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """A volume of many claims, in step, then written to at 300 places without a record."""
+    made = World(tmp_path, monkeypatch, {"data": 32 * MIB + 3584})
+    yield made
+    made.close()
+
+
+def _missed_writes(world: World) -> None:
+    for _ in range(300):
         at = world.random.randrange(world.volumes["data"] // 512) * 512
         world.write(at, world.random.randbytes(512), recorded=False)
-    world.receiver_faults("receive.write=kill@4")
     world.breqd._op_suspect({"workload": "wl", "volume": "data", "reason": "the host crashed"})
+
+
+def test_resync_under_writes_that_is_killed_goes_on(wide: World) -> None:
+    """A receiver dies in the middle: still suspect, what was acknowledged is not compared again, equal in the end."""
+    engine = wide.engine()
+    wide.until(engine, "in_step")
+    wide.start_writer()
+    wide.receiver_faults("receive.write=kill@120")
+    _missed_writes(wide)
     engine.reconnect()
     wait(lambda: _epoch(engine) >= 3, "the session after the killed one")
-    wait(lambda: world.breqd.items["wl", "data"].record.suspect is None, "the end of the resync")
-    assert engine.totals.hashed_bytes > world.volumes["data"]
-    world.until(engine, "in_step")
-    world.stop_writer()
-    world.drain(engine)
-    world.check_equal()
+    assert wide.breqd.items["wl", "data"].record.suspect is not None
+    wait(lambda: wide.breqd.items["wl", "data"].record.suspect is None, "the end of the resync")
+    size = wide.volumes["data"]
+    assert wide.breqd.calls["resync_begin"] == 2
+    assert size <= engine.totals.hashed_bytes < 2 * size - 8 * MIB, engine.totals
+    wide.until(engine, "in_step")
+    wide.stop_writer()
+    wide.drain(engine)
+    wide.check_equal()
+
+
+def test_resync_is_done_once_more_when_others_may_have_written(wide: World) -> None:
+    """The standby is written to while the resync is interrupted, where it had been compared: all is compared again."""
+    wide.receiver_faults("receive.frame=delay:0.03")
+    engine = wide.engine()
+    wide.until(engine, "in_step")
+    _missed_writes(wide)
+    wait(lambda: (engine.progress or {}).get("done_bytes", 0) > 12 * MIB, "a part of the resync")
+    _pause(wide, engine)
+    hashed = engine.totals.hashed_bytes
+    with open(wide.replica(), "r+b") as stream:
+        stream.seek(3 * GRANULE)
+        stream.write(b"foreign")
+    wide.beta.count("data", 7)
+    engine.pause(False)
+    wait(lambda: wide.breqd.items["wl", "data"].record.suspect is None, "the end of the resync")
+    assert engine.totals.hashed_bytes >= hashed + wide.volumes["data"], "a part was believed to be proved"
+    wide.until(engine, "in_step")
+    wide.drain(engine)
+    wide.check_equal()
+
+
+def test_resync_begins_anew_with_another_breqd(wide: World) -> None:
+    """What another incarnation had proved is not believed."""
+    wide.receiver_faults("receive.frame=delay:0.03")
+    engine = wide.engine()
+    wide.until(engine, "in_step")
+    _missed_writes(wide)
+    wait(lambda: (engine.progress or {}).get("done_bytes", 0) > 12 * MIB, "a part of the resync")
+    hashed = engine.totals.hashed_bytes
+    wide.breqd.restart()
+    wait(lambda: wide.breqd.items["wl", "data"].record.suspect is None, "the end of the resync")
+    assert engine.totals.hashed_bytes >= hashed + wide.volumes["data"]
+    wide.until(engine, "in_step")
+    wide.drain(engine)
+    wide.check_equal()
 
 
 def test_foreign_write_on_the_standby_is_found_and_repaired(world: World) -> None:

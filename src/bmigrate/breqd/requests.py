@@ -298,8 +298,10 @@ class Requests:
         return {}
 
     def resync_begin(self, _connection: Connection, request: Request) -> Fields:
-        """{workload, volume} → {resync_id}."""
-        return {"resync_id": self.tracker.resync_begin(_key(request))}
+        """{workload, volume, resume?} → {resync_id, resumed}: ``resume`` is the id of one that was interrupted."""
+        resume = request.get("resume")
+        identifier, resumed = self.tracker.resync_begin(_key(request), None if resume is None else str(resume))
+        return {"resync_id": identifier, "resumed": resumed}
 
     def resync_end(self, _connection: Connection, request: Request) -> Fields:
         """{workload, volume, resync_id}: clears the suspicion durably unless a new one came up."""

@@ -259,11 +259,20 @@ class Tracker:
                 reason="blind",
             )
 
-    def resync_begin(self, key: Key) -> str:
-        """Begin to compare a volume by checksum; returns the id for ``resync_end``."""
+    def resync_begin(self, key: Key, resume: str | None = None) -> tuple[str, bool]:
+        """Begin to compare a volume by checksum, or go on with it.
+
+        Args:
+            resume: the id of a comparison that was interrupted.
+
+        Returns: the id for ``resync_end``, and whether it is that one still: no suspicion came up since it began, so
+            what is clean now was proved by it. False: everything has to be compared.
+        """
         item = self.get(key)
+        if resume is not None and item.resync == (resume, item.record.suspicions) and not item.lost:
+            return resume, True
         item.resync = (os.urandom(8).hex(), item.record.suspicions)
-        return item.resync[0]
+        return item.resync[0], False
 
     def resync_end(self, key: Key, identifier: str) -> None:
         """All blocks were compared and the different ones marked: the suspicion is over, durably.

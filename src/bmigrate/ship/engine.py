@@ -34,6 +34,7 @@ from bmigrate.ship.rates import DirtyRate, ShipRate, predicted_drain_seconds
 from bmigrate.ship.record import Record
 from bmigrate.ship.resync import Resync
 from bmigrate.ship.session import Session
+from bmigrate.ship.source import SourceVolume
 from bmigrate.ship.tracker import Snapshot
 from bmigrate.ship.transport import Transport
 from bmigrate.ship.waiting import Waiting
@@ -75,6 +76,8 @@ class Engine(threading.Thread):
         self._drained: dict[str, dict[str, Any]] = {}
         self._unsealed: frozenset[str] = frozenset()
         self._told: str | None = None
+        #: Volume -> id of a resync that was begun and not finished.
+        self._resyncs: dict[str, str] = {}
         self._attempt = 0
         self._disconnected_since = time.monotonic()
         self._waiting = Waiting(self.pacer.urgent)
@@ -385,7 +388,7 @@ class Engine(threading.Thread):
         self.trend.disconnected()
         try:
             for volume in volumes:
-                Resync(session, self.pacer, volume, self._interrupted, self._hashed).run()
+                self._resync_one(session, volume)
         except RefusedError as error:
             if error.reason != "interrupted":
                 raise
@@ -393,6 +396,18 @@ class Engine(threading.Thread):
             self.activity = None
             self.progress = None
         return True
+
+    def _resync_one(self, session: Session, volume: SourceVolume) -> None:
+        def begun(identifier: str) -> None:
+            self._resyncs[volume.name] = identifier
+
+        def already(count: int) -> None:
+            if self.progress is not None:
+                self.progress["done_bytes"] += count
+
+        resume = self._resyncs.get(volume.name)
+        Resync(session, self.pacer, volume, self._interrupted, self._hashed, already, resume, begun).run()
+        self._resyncs.pop(volume.name, None)
 
     def _hashed(self, count: int) -> None:
         self.totals.hashed_bytes += count

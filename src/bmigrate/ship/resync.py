@@ -20,7 +20,14 @@ to. So the first granule of each resynced volume is always sent: the flush befor
 acknowledgement then covers the whole device.
 
 A volume stays suspect, on both sides, until all of it was compared: the standby clears its note
-first, then breqd; a death in between or before finds at least one of them, and it begins anew.
+first, then breqd; a death in between or before finds at least one of them.
+
+Why it may go on after its session has ended. Since the mark of everything, a block became clean only by an
+acknowledgement, of a comparison or of its data; what was under way is dirty again after the fence. So what is clean is
+proved, and what is dirty is what is left, with whatever was written since. breqd says whether that is still so: it is
+the same daemon, and no suspicion came up. The standby must not be suspect itself: then nobody watches whether others
+write to it between two sessions, and everything is compared again. The first granule is sent again, for the same
+reason as in the beginning.
 """
 
 from __future__ import annotations
@@ -51,7 +58,8 @@ class Resync:
 
     Args:
         interrupted: asked before each claim; the volume stays suspect then.
-        progress: called with bytes compared so far, and with each amount hashed.
+        progress: called with each amount of bytes compared. already: with what an earlier session had compared.
+        resume: the id of a resync of this volume whose session has ended, or None. begun: told the id of this one.
     """
 
     def __init__(
@@ -61,7 +69,12 @@ class Resync:
         volume: SourceVolume,
         interrupted: Callable[[], bool],
         progress: Callable[[int], None],
+        already: Callable[[int], None] = lambda count: None,
+        resume: str | None = None,
+        begun: Callable[[str], None] = lambda identifier: None,
     ) -> None:
+        self._already, self._resume, self._begun = already, resume, begun
+        self._expected_bytes = volume.size_bytes
         self._session = session
         self._pacer = pacer
         self._volume = volume
@@ -83,8 +96,16 @@ class Resync:
         # What an earlier claim of this session has under way must be durable before the same blocks are
         # claimed and compared: breqd hands out no block twice, and the walk below must not miss one.
         session.settle()
-        resync_id = session.breqd(lambda tracker: tracker.resync_begin(name))
-        session.mark(name, [(0, self._volume.size_bytes)], "resync")
+        resume = None if name in session.standby_suspects else self._resume
+        resync_id, resumed = session.breqd(lambda tracker: tracker.resync_begin(name, resume))
+        self._begun(resync_id)
+        size = self._volume.size_bytes
+        if resumed:
+            session.mark(name, [(0, min(self._volume.granule_bytes, size))], "resync, continued")
+            self._expected_bytes = session.snapshot().volumes[name].dirty_bytes
+            self._already(size - self._expected_bytes)
+        else:
+            session.mark(name, [(0, size)], "resync")
         self._walk()
         session.settle()
         faults.point("ship.resync_compared")
@@ -117,10 +138,10 @@ class Resync:
         finally:
             comparison.close()
         self._sender.flush()
-        if self._compared_bytes < self._volume.size_bytes:
+        if self._compared_bytes < self._expected_bytes:
             # Whatever kept blocks from being claimed: what was not compared is not proved.
             raise DefectError(
-                f"the resync compared {self._compared_bytes} of {self._volume.size_bytes} bytes",
+                f"the resync compared {self._compared_bytes} of {self._expected_bytes} bytes",
                 volume=self._volume.name,
                 hint="the volume stays suspect and is compared again",
                 reason="incomplete",

@@ -195,9 +195,10 @@ class Tracker:
         """Make a volume suspect, durably."""
         self._client.call("suspect", workload=self.workload, volume=volume, reason=reason)
 
-    def resync_begin(self, volume: str) -> Any:
-        """Begin a resync; returns its id."""
-        return self._client.call("resync_begin", workload=self.workload, volume=volume)["resync_id"]
+    def resync_begin(self, volume: str, resume: str | None) -> tuple[str, bool]:
+        """Begin a resync, or go on with one that was interrupted; returns its id, and whether it is that one still."""
+        answer = self._client.call("resync_begin", workload=self.workload, volume=volume, resume=resume)
+        return str(answer["resync_id"]), bool(answer.get("resumed"))
 
     def resync_end(self, volume: str, resync_id: Any) -> None:
         """Every block was compared: clear suspicion unless it was renewed since the begin."""
