@@ -303,6 +303,14 @@ def test_a_failed_flush_is_never_acknowledged_and_never_tried_again(host: Standb
     assert sender.receive() is None
 
 
+def test_a_read_error_ends_a_comparison_and_nothing_is_said_of_the_range(host: StandbyHost) -> None:
+    """The part that was read is not told: half an answer would be taken for a whole one, and hide the reason."""
+    sender = host.session()
+    os.truncate(host.device("data"), 3 * MIB + 4096)
+    sender.send(FrameType.HASH, offset=0, aux=3 * MIB + 8192, payload=frames.encode_chunk(4096))
+    ends_with(sender, "io_error")
+
+
 def test_the_note_is_on_disk_before_the_acknowledgement_leaves(tmp_path: Path) -> None:
     own = StandbyHost(tmp_path)
     try:

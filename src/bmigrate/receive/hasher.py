@@ -33,6 +33,7 @@ class _Answer:
     def __init__(self, volume: int, offset: int, length: int) -> None:
         self.volume, self.offset, self.length = volume, offset, length
         self.parts: queue.SimpleQueue[Future[bytes] | None] = queue.SimpleQueue()
+        self.whole = False
 
 
 class Hasher:
@@ -82,6 +83,7 @@ class Hasher:
                 view = volume.read_into(buffer[:step], offset)
                 answer.parts.put(pool.submit(self._digests, buffer, view, chunk_bytes))
                 offset += step
+            answer.whole = True
         finally:
             answer.parts.put(None)
 
@@ -129,8 +131,8 @@ class Hasher:
                     if part is None:
                         break
                     parts.append(part.result())
-                if self._failed:
-                    return
+                if self._failed or not answer.whole:
+                    return  # the range could not be read: who read it says why, and the session is over
                 self._link.send(
                     FrameType.HASHES,
                     volume=answer.volume,
