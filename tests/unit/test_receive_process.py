@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import struct
 import subprocess
@@ -307,8 +308,14 @@ def test_a_read_error_ends_a_comparison_and_nothing_is_said_of_the_range(host: S
     """The part that was read is not told: half an answer would be taken for a whole one, and hide the reason."""
     sender = host.session()
     os.truncate(host.device("data"), 3 * MIB + 4096)
-    sender.send(FrameType.HASH, offset=0, aux=3 * MIB + 8192, payload=frames.encode_chunk(4096))
-    ends_with(sender, "io_error")
+    try:
+        sender.send(FrameType.HASH, offset=0, aux=3 * MIB + 8192, payload=frames.encode_chunk(4096))
+        frame = sender.receive()
+        assert frame is not None and frame.type is FrameType.ERROR, frame
+        assert json.loads(bytes(frame.payload))["reason"] == "io_error"
+        assert sender.ended() == 3
+    finally:
+        os.truncate(host.device("data"), SIZE)
 
 
 def test_the_note_is_on_disk_before_the_acknowledgement_leaves(tmp_path: Path) -> None:
