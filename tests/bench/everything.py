@@ -98,6 +98,13 @@ def _shipping(what: str, target: float | None) -> Callable[[Any, str], list[Row]
     return rows
 
 
+def _tools(found: Any, command: str) -> list[Row]:
+    return [
+        Row("rsync --whole-file --inplace / seed, times", found["ratios"]["seed"], "", None, command),
+        Row("rsync by checksums / resync, 1 % differs, times", found["ratios"]["resync"], "", None, command),
+    ]
+
+
 def _drain(found: Any, command: str) -> list[Row]:
     rows = []
     for item in found:
@@ -162,6 +169,7 @@ BENCHMARKS = (
         ("--mib", "512", "--pairs", "3", "--extra", "transport: paramiko"),
         _shipping("seed of random data, transport paramiko", None),
     ),
+    Benchmark("tools", "tests.bench.tools", (), _tools),
     Benchmark("drain", "tests.bench.drain", (), _drain),
     Benchmark("convergence", "tests.bench.convergence", ("--mib", "64", "--rounds", "2"), _convergence),
     Benchmark("resync", "tests.bench.resync", (), _resync),
