@@ -149,6 +149,22 @@ def test_killed_anywhere_nothing_is_lost(host: Host, fault: str) -> None:
         assert host.kernel.handed_again > 0, "no batch was given out again, so nothing was tested"
 
 
+def test_killed_while_a_volume_is_taken_over(host: Host) -> None:
+    """The kernel has an attachment that the dead daemon did not note: it is not believed, and the next one takes it."""
+    host.start("breqd.attached=kill@1")
+    with pytest.raises(UnreachableError):
+        host.call("attach", workload="w", volume="a", mode="seed")
+    assert host.process is not None
+    assert host.process.wait(10) == -9
+    left = dict(host.kernel.entries)
+    assert left, "it died before the kernel was asked, so nothing was tested"
+    host.start()
+    assert host.call("attach", workload="w", volume="a", mode="seed")["changed"]
+    status = host.volume("a")
+    assert status["attached"] and status["dirty_bytes"] == SIZES["a"], "a seed is a seed, also the second time"
+    assert len(host.kernel.entries) == 1, f"an attachment that nobody owns: {host.kernel.entries}, before: {left}"
+
+
 def test_claims_need_a_fence_also_after_a_restart(host: Host) -> None:
     host.start()
     host.call("attach", workload="w", volume="a", mode="seed")

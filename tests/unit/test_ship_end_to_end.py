@@ -204,6 +204,25 @@ def test_resync_ships_only_what_differs(world: World) -> None:
     world.check_equal()
 
 
+@pytest.mark.parametrize("point", ["ship.resync_compared", "ship.resync_done"])
+def test_a_shipper_that_dies_at_the_end_of_a_resync_leaves_it_to_be_done(world: World, point: str) -> None:
+    """Between the standby's note and breqd's: one of them still says suspect, and the next shipper compares."""
+    first = world.daemon()
+    wait(lambda: not world.breqd.maps.dirty_bytes(("wl", "data")), "the seed")
+    first.kill()
+    first.wait()
+    process = world.daemon(f"{point}=kill")
+    world.write(9 * GRANULE, world.random.randbytes(GRANULE), recorded=False)
+    record = world.breqd.items["wl", "data"].record
+    world.breqd._op_suspect({"workload": "wl", "volume": "data", "reason": "the host crashed"})
+    assert process.wait(60) == -9
+    assert record.suspect is not None and record.resyncs == 0
+    world.daemon()
+    wait(lambda: record.suspect is None, "the next resync")
+    assert record.resyncs == 1
+    wait(lambda: not world.different(), "what differs to be shipped")
+
+
 @pytest.fixture
 def wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """A volume of many claims, in step, then written to at 300 places without a record."""
