@@ -156,13 +156,15 @@ def test_killed_while_a_volume_is_taken_over(host: Host) -> None:
         host.call("attach", workload="w", volume="a", mode="seed")
     assert host.process is not None
     assert host.process.wait(10) == -9
-    left = dict(host.kernel.entries)
-    assert left, "it died before the kernel was asked, so nothing was tested"
+    (left,) = [entry["attachment_id"] for entry in host.kernel.entries.values()]
     host.start()
     assert host.call("attach", workload="w", volume="a", mode="seed")["changed"]
     status = host.volume("a")
     assert status["attached"] and status["dirty_bytes"] == SIZES["a"], "a seed is a seed, also the second time"
-    assert len(host.kernel.entries) == 1, f"an attachment that nobody owns: {host.kernel.entries}, before: {left}"
+    disk = str(host.devices["a"])
+    live = [entry for entry in host.kernel.entries.values() if entry["disk"] == disk and not entry["draining"]]
+    assert [f"{entry['attachment_id']:016x}" for entry in live] == [status["attachment_id"]]
+    assert live[0]["attachment_id"] != left, "an attachment was believed that nobody had noted"
 
 
 def test_claims_need_a_fence_also_after_a_restart(host: Host) -> None:
