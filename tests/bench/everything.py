@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -50,7 +51,7 @@ class Benchmark(NamedTuple):
     @property
     def command(self) -> str:
         """As an operator would type it."""
-        return " ".join(("python -m", self.module, *self.arguments)).strip()
+        return shlex.join(("python", "-m", self.module, *self.arguments))
 
 
 def _least(values: Sequence[float], bound: float) -> bool:
