@@ -49,7 +49,10 @@ def program(rig: Rig, host: str) -> str:
             compiled = subprocess.run(argv, capture_output=True, text=True, check=False)
             assert compiled.returncode == 0, f"the writer does not compile:\n{compiled.stderr}"
             rig.lab.put(host, made, f"{path}.new")
+        # Durable before it has its name: a power cut soon after would leave an empty program.
+        rig.run(host, "sync", f"{path}.new")
         rig.run(host, "mv", f"{path}.new", path)
+        rig.run(host, "sync", "/var/tmp")
     return path
 
 
@@ -89,7 +92,7 @@ class Writer:
         command = [path, "-d", self.rig.device(self.host), "-s", str(self.seed), "-o", STATUS, *self._options]
         self.rig.run(self.host, "rm", "-f", STATUS)
         # No restart, and killed with the rest at shutdown: a reboot in good order finds nobody writing.
-        unit = ["systemd-run", "--quiet", f"--unit={self.unit}", "--property=Type=exec"]
+        unit = ["systemd-run", f"--unit={self.unit}", "--property=Type=exec"]
         self.rig.run(self.host, *unit, *command)
         self._started = True
         wait(lambda: self.status()["operations"] > 0, LIMIT_SECONDS, f"the writer on {self.host} to write", 0.1)
