@@ -102,6 +102,7 @@ SCHEMA: dict[str, Any] = {
         "overflow_region_bytes": {"enum": [1 << n for n in range(12, 27)]},
         "transport": {"enum": ["openssh", "paramiko"]},
         "compression": {"enum": ["none", "zstd"]},
+        "streams": {"type": "integer", "minimum": 1, "maximum": 8},
         "bitmap_directory": {"anyOf": [{"type": "null"}, _ABSOLUTE]},
         "limits": {
             "type": "object",
@@ -199,6 +200,7 @@ class Config:
     overflow_region_bytes: int | None = None
     transport: str = "openssh"
     compression: str = "none"
+    streams: int = 1
     bitmap_directory: str | None = None
     limits: Limits = field(default_factory=Limits)
 
@@ -311,6 +313,7 @@ def parse(data: dict[str, Any]) -> Config:
         overflow_region_bytes=data.get("overflow_region_bytes"),
         transport=data.get("transport", "openssh"),
         compression=data.get("compression", "none"),
+        streams=data.get("streams", 1),
         bitmap_directory=data.get("bitmap_directory"),
         limits=Limits(**data.get("limits", {})),
     )

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """One workload as hold serves it: its devices, its receivers, its epochs.
 
+A session has one receiver that opened it and perhaps further ones that joined it; they live and die together.
+
 The order that matters, in `_grant` and `fence`: all older receivers are gone (pidfd), then the write
 counters are sampled, then the new epoch and every suspicion are on disk, and only then somebody is
 told. A grant before that would let bytes of an old connection land after newer ones, or let an
@@ -27,7 +29,7 @@ from bmigrate.hold.devices import HeldDevice
 from bmigrate.hold.receivers import Receiver, Receivers, identify
 from bmigrate.hold.record import VolumeRecord
 from bmigrate.receive import ackfile
-from bmigrate.wire.hello import Hello
+from bmigrate.wire.hello import MAX_STREAMS, Hello, Join
 
 RETRY_FIRST_SECONDS = 1.0
 RETRY_LAST_SECONDS = 30.0
@@ -193,6 +195,8 @@ class Workload:
         """
         self.follow_role()
         self._admit(hello)
+        if hello.join is not None:
+            self._check_open(hello.join)
         if any(item.pid == connection.peer_pid for item in self.receivers.alive):
             raise RefusedError(f"process {connection.peer_pid} is registered already", reason="registered")
         receiver = identify(connection.peer_pid)
@@ -202,7 +206,10 @@ class Workload:
             # The peer has closed: the pid that the socket remembers may be another process by now.
             os.close(receiver.pidfd)
             raise RefusedError("the receiver is gone", reason="sender_gone")
-        self.when_quiet(lambda: self._grant(connection, request, hello, receiver))
+        if hello.join is not None:
+            self._let_join(connection, request, receiver)
+        else:
+            self.when_quiet(lambda: self._grant(connection, request, hello, receiver))
 
     def fence(self, answer: Answer) -> None:
         """Let no receiver of any epoch so far write any more, durably, and admit no other; then answer."""
@@ -459,7 +466,7 @@ class Workload:
             )
             return
         self._session = (receiver, connection)
-        connection.on_close.append(lambda: self.receivers.kill(receiver))
+        connection.on_close.append(lambda: self._end_of(receiver.epoch))
         log.info(
             "workload %s: epoch %d, session %s is granted to process %d for %s",
             self.name,
@@ -468,6 +475,45 @@ class Workload:
             receiver.pid,
             hello.host,
         )
+        self._answer_grant(connection, request)
+
+    def _check_open(self, join: Join) -> None:
+        """Refuse to let a further stream into a session that is not this one, or not open any more."""
+        known = self.record.session or {}
+        mine = (known.get("epoch"), known.get("session_id")) == (join.epoch, join.session_id)
+        first = self._session[0] if self._session is not None else None
+        alive = first is not None and first in self.receivers.alive and not first.killed and first.epoch == join.epoch
+        # Whoever waits for the receivers to be gone (a newer session, a fence) must not find one more.
+        if not mine or not alive or self._waiting or self.record.sealed is not None or not self.record.session_open:
+            raise RefusedError(
+                f"the session of epoch {join.epoch} is not open here",
+                hint="it has ended, or another one has begun; shipping resumes by itself",
+                reason="session_over",
+            )
+        if sum(item.epoch == join.epoch for item in self.receivers.alive) >= MAX_STREAMS:
+            raise RefusedError(f"a session has at most {MAX_STREAMS} streams", reason="too_many_streams")
+
+    def _let_join(self, connection: Connection, request: Request, receiver: Receiver) -> None:
+        """Make a receiver one of the open session; it was checked, and nothing has happened since."""
+        receiver.epoch = self.record.epoch
+        try:
+            self.receivers.admit(receiver)
+        except OSError as error:
+            os.close(receiver.pidfd)
+            raise RefusedError(f"the receiver cannot be put on file: {error}", reason="os_error") from error
+        faults.point("hold.joined")
+        connection.on_close.append(lambda: self._end_of(receiver.epoch))
+        log.info("workload %s: process %d joins epoch %d", self.name, receiver.pid, receiver.epoch)
+        self._answer_grant(connection, request)
+
+    def _end_of(self, epoch: int) -> None:
+        """The end of one receiver is the end of its session: what others still have on its way must not land later."""
+        for receiver in self.receivers.alive:
+            if receiver.epoch == epoch:
+                self.receivers.kill(receiver)
+
+    def _answer_grant(self, connection: Connection, request: Request) -> None:
+        assert self.record.session is not None
         connection.reply(
             request,
             {

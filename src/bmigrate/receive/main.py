@@ -24,7 +24,7 @@ from bmigrate.common.config import NAME_PATTERN
 from bmigrate.common.errors import BmigrateError, DefectError, RefusedError, UnreachableError, exit_code_table
 from bmigrate.receive.ackfile import AckFile
 from bmigrate.receive.link import Link
-from bmigrate.receive.session import Session
+from bmigrate.receive.session import Member, Session, Writes
 from bmigrate.receive.volumes import StandbyVolume
 from bmigrate.wire import frames, packing
 from bmigrate.wire import hello as greeting
@@ -141,12 +141,14 @@ def serve(link: Link, workload: str) -> str:
             for volume in hello.volumes:
                 place = grant["volumes"][volume.name]
                 volumes.append(StandbyVolume(volume.name, place["device"], place["number"], volume.size_bytes))
-            acks = AckFile(workload, grant["epoch"], grant["session_id"], hello.generation.id)
+            if hello.join is None:
+                acks = AckFile(workload, grant["epoch"], grant["session_id"], hello.generation.id)
             link.start_session(grant["epoch"], lifeline, grant["silence_seconds"], hello.version)
             link.send(FrameType.WELCOME, payload=greeting.encode(_welcome(hello, grant)))
             log.info(
-                "workload %s: session %s of epoch %d with %s, process %d",
+                "workload %s: %s session %s of epoch %d with %s, process %d",
                 workload,
+                "opened" if hello.join is None else "joined",
                 grant["session_id"],
                 grant["epoch"],
                 hello.host,
@@ -159,7 +161,12 @@ def serve(link: Link, workload: str) -> str:
             unpacker = None
             if _compression(hello):
                 unpacker = packing.Unpacker(memoryview(mmap.mmap(-1, frames.MAX_PAYLOAD_BYTES)))
-            return Session(link, volumes, acks, clear_suspect, unpacker).run()
+            session: Writes
+            if acks is None:
+                session = Member(link, volumes, unpacker)
+            else:
+                session = Session(link, volumes, acks, clear_suspect, unpacker)
+            return session.run()
         finally:
             for item in volumes:
                 item.close()
@@ -183,6 +190,7 @@ def _welcome(hello: greeting.Hello, grant: dict[str, Any]) -> greeting.Welcome:
         silence_seconds=grant["silence_seconds"],
         v=hello.version,
         compression=_compression(hello),
+        streams=hello.streams if hello.version >= 3 else 1,
         volumes=[
             greeting.WelcomeVolume(
                 volume.name,

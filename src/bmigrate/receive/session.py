@@ -5,6 +5,10 @@ Frames are handled one after another in the order in which they were sent, and a
 its frame is done with; so whatever came before a SYNC is on the device, in its cache at worst, when
 the flusher is told of that SYNC. Flush, note and ACK follow there, in another thread (flusher.py),
 while the next frames are written.
+
+A session may have further streams, each with a receiver like this one (``Member``) that only writes. It never flushes:
+the first one flushes for all, so that one failed flush, which the kernel reports once, is the end of every
+acknowledgement. Its answer to MARK says that all frames before are written, and so in reach of that flush.
 """
 
 from __future__ import annotations
@@ -26,39 +30,23 @@ from bmigrate.wire.packing import Unpacker
 log = logging.getLogger("breceive")
 
 
-class Session:
-    """Handles the frames of one epoch.
+class Writes:
+    """What every stream of a session takes: frames that write, and those that keep it alive.
 
     Args:
-        link: the connection. volumes: in the order of the indexes of WELCOME. acks: the open receive.ack.
+        link: the connection. volumes: in the order of the indexes of WELCOME.
         unpacker: when compression was agreed on.
-        clear_suspect: tells hold that the volume of that name was compared as a whole and is equal again.
     """
 
-    def __init__(
-        self,
-        link: Link,
-        volumes: list[StandbyVolume],
-        acks: AckFile,
-        clear_suspect: Callable[[str], None],
-        unpacker: Unpacker | None = None,
-    ) -> None:
+    def __init__(self, link: Link, volumes: list[StandbyVolume], unpacker: Unpacker | None = None) -> None:
         self._unpacker = unpacker
         self._link = link
         self._volumes = volumes
-        self._flusher = Flusher(link, volumes, acks)
-        self._hasher = Hasher(link)
-        self._clear_suspect = clear_suspect
-        self._last_sync = 0
         self._handlers: dict[FrameType, Callable[[Frame], None]] = {
             FrameType.DATA: self._data,
             FrameType.EXTENTS: self._extents,
             FrameType.PACKED: self._packed,
             FrameType.ZERO: self._zero,
-            FrameType.SYNC: self._sync,
-            FrameType.HASH: self._hash,
-            FrameType.REREAD: self._reread,
-            FrameType.RESYNC_DONE: self._resync_done,
             FrameType.PING: self._ping,
             FrameType.PONG: lambda frame: None,
         }
@@ -83,13 +71,10 @@ class Session:
             self.end()
 
     def begin(self) -> None:
-        """Start what answers SYNC."""
-        self._flusher.start()
+        """Start what works beside the frames."""
 
     def end(self) -> None:
-        """No ACK leaves after this; due before the volumes and the note are closed, which a flush may be using."""
-        self._flusher.stop()
-        self._hasher.stop()
+        """Nothing leaves after this; due before the volumes are closed."""
 
     def handle(self, frame: Frame) -> None:
         """Do what one frame asks for.
@@ -128,10 +113,76 @@ class Session:
     def _zero(self, frame: Frame) -> None:
         self._volume(frame).zero(frame.offset, frame.aux, self._link.keep_alive)
 
+    def _ping(self, frame: Frame) -> None:
+        self._link.send(FrameType.PONG, aux=frame.aux)
+
+
+class Member(Writes):
+    """Handles the frames of a further stream of an open session."""
+
+    def __init__(self, link: Link, volumes: list[StandbyVolume], unpacker: Unpacker | None = None) -> None:
+        super().__init__(link, volumes, unpacker)
+        self._last_mark = 0
+        self._handlers[FrameType.MARK] = self._mark
+
+    def _mark(self, frame: Frame) -> None:
+        if frame.aux <= self._last_mark:
+            raise RefusedError(f"MARK number {frame.aux} after number {self._last_mark}", reason="bad_sequence")
+        self._last_mark = frame.aux
+        faults.point("receive.mark")
+        self._link.send(FrameType.MARKED, aux=frame.aux, offset=frame.seq)
+
+
+class Session(Writes):
+    """Handles the frames of the first stream of an epoch.
+
+    Args:
+        acks: the open receive.ack.
+        clear_suspect: tells hold that the volume of that name was compared as a whole and is equal again.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        volumes: list[StandbyVolume],
+        acks: AckFile,
+        clear_suspect: Callable[[str], None],
+        unpacker: Unpacker | None = None,
+    ) -> None:
+        super().__init__(link, volumes, unpacker)
+        self._flusher = Flusher(link, volumes, acks)
+        self._hasher = Hasher(link)
+        self._clear_suspect = clear_suspect
+        self._last_sync = 0
+        self._handlers.update(
+            {
+                FrameType.SYNC: self._sync,
+                FrameType.HASH: self._hash,
+                FrameType.REREAD: self._reread,
+                FrameType.RESYNC_DONE: self._resync_done,
+            }
+        )
+
+    def begin(self) -> None:
+        """Start what answers SYNC."""
+        self._flusher.start()
+
+    def end(self) -> None:
+        """No ACK leaves after this; due before the volumes and the note are closed, which a flush may be using."""
+        self._flusher.stop()
+        self._hasher.stop()
+
     def _sync(self, frame: Frame) -> None:
         if frame.aux <= self._last_sync:
             raise RefusedError(f"SYNC number {frame.aux} after number {self._last_sync}", reason="bad_sequence")
+        if frame.offset >> len(self._volumes):
+            raise RefusedError(
+                f"SYNC for the volumes {frame.offset:#x}, the session has {len(self._volumes)}", reason="unknown_volume"
+            )
         self._last_sync = frame.aux
+        for number, volume in enumerate(self._volumes):
+            if frame.offset >> number & 1:
+                volume.written_elsewhere()
         self._flusher.wanted(frame.aux, frame.seq)
 
     def _hash(self, frame: Frame) -> None:
@@ -153,6 +204,3 @@ class Session:
         self._clear_suspect(volume.name)
         log.info("volume %s was compared and is no longer suspect", volume.name)
         self._link.send(FrameType.RESYNC_DONE, volume=frame.volume)
-
-    def _ping(self, frame: Frame) -> None:
-        self._link.send(FrameType.PONG, aux=frame.aux)

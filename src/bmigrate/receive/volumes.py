@@ -79,6 +79,10 @@ class StandbyVolume:
         """Whether something was written that no flush has made durable."""
         return self._writes != self._synced
 
+    def written_elsewhere(self) -> None:
+        """Another stream of this session has written: the next flush is due although nothing was written here."""
+        self._writes += 1
+
     def check_extents(self, parts: list[tuple[int, memoryview]]) -> None:
         """Refuse an EXTENTS frame as a whole before the first of its bytes is written.
 

@@ -136,14 +136,16 @@ def _until_clean(
     progress: Callable[[], None],
 ) -> int:
     """Passes until breqd has nothing dirty and nothing claimed; returns how many."""
+    left = session.snapshot().left_bytes
     for number in range(1, MAX_PASSES + 1):
         check()
-        result = run_pass(session, pacer, _never_interrupted(check), ledger)
+        result = run_pass(session, pacer, _never_interrupted(check), ledger, left_bytes=left)
         total.data_bytes += result.data_bytes
         total.zero_bytes += result.zero_bytes
         session.settle()
         progress()
-        if not session.snapshot().left_bytes:
+        left = session.snapshot().left_bytes
+        if not left:
             return number
     raise _still_written(session, f"after {MAX_PASSES} passes there was something dirty again")
 

@@ -326,7 +326,7 @@ class Engine(threading.Thread):
         return self._waiting.drain_waits()
 
     def _pass(self, session: Session, before: Snapshot) -> None:
-        result = run_pass(session, self.pacer, self._interrupted)
+        result = run_pass(session, self.pacer, self._interrupted, left_bytes=before.left_bytes)
         if not result.complete:
             return
         if result.claims or session.in_flight_claims:

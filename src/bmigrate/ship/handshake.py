@@ -7,6 +7,7 @@ word; what it answers is checked before anything is believed.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from bmigrate.common import blockdev, errors
@@ -68,6 +69,7 @@ def greeting(
         incarnation=snapshot.incarnation,
         highest_epoch=snapshot.highest_epoch,
         compression=packing.NAME if config.compression == packing.NAME and packing.available() else "",
+        streams=config.streams,
         volumes=[
             hello.HelloVolume(item.name, item.size_bytes, item.logical_block_size, item.granule_bytes)
             for item in volumes
@@ -83,21 +85,7 @@ def shake_hands(link: Link, greet: hello.Hello, volumes: list[SourceVolume]) -> 
         BmigrateError: the receiver's refusal, or why there is none.
     """
     peer = link.host
-    try:
-        link.send(FrameType.HELLO, payload=hello.encode(greet))
-        frame = link.receive(WELCOME_SECONDS)
-    except StreamEnded as exc:
-        raise _last_words(link) or link.stream.failure() from exc
-    if frame is None:
-        raise UnreachableError(f"{peer} did not answer within {WELCOME_SECONDS:.0f} s", host=peer, reason="silent")
-    try:
-        if frame.type is FrameType.ERROR:
-            raise errors.from_dict(hello.decode_error(frame.payload))
-        if frame.type is not FrameType.WELCOME:
-            raise RefusedError(f"{peer} answered HELLO with {frame.type.name}", host=peer, reason="bad_type")
-        welcome = hello.decode_welcome(frame.payload)
-    except frames.FrameError as exc:
-        raise RefusedError(f"{peer}: {exc}", host=peer, reason=exc.reason) from exc
+    welcome = _ask(link, greet)
     offered = {item.name: item for item in welcome.volumes}
     for source in volumes:
         item = offered.get(source.name)
@@ -116,8 +104,60 @@ def shake_hands(link: Link, greet: hello.Hello, volumes: list[SourceVolume]) -> 
             host=peer,
             reason="bad_hello",
         )
+    if welcome.streams > max(greet.streams, 1):
+        raise RefusedError(
+            f"{peer} wants {welcome.streams} streams, {greet.streams} were offered", host=peer, reason="bad_hello"
+        )
     link.set_epoch(welcome.epoch)
     return welcome
+
+
+def join(link: Link, greet: hello.Hello, first: Welcome) -> Welcome:
+    """Make a connection a further stream of the session that ``first`` opened; sets the link's epoch.
+
+    Args:
+        greet: what was said on the first stream.
+
+    Raises:
+        BmigrateError: the receiver's refusal, or why there is none.
+    """
+    wish = dataclasses.replace(greet, join=hello.Join(first.epoch, first.session_id), streams=1)
+    welcome = _ask(link, wish)
+    same = (welcome.epoch, welcome.session_id, welcome.v) == (first.epoch, first.session_id, first.v)
+    places = [[(item.name, item.index) for item in answer.volumes] for answer in (welcome, first)]
+    if not same or places[0] != places[1] or welcome.compression not in ("", greet.compression):
+        raise RefusedError(
+            f"{link.host} let a further stream join another session than the open one",
+            host=link.host,
+            hint="see: journalctl -u bmigrate-hold on that host",
+            reason="bad_hello",
+        )
+    link.set_epoch(welcome.epoch)
+    return welcome
+
+
+def _ask(link: Link, greet: hello.Hello) -> Welcome:
+    """Say HELLO and take what is answered.
+
+    Raises:
+        BmigrateError: the receiver's refusal, or why there is none.
+    """
+    peer = link.host
+    try:
+        link.send(FrameType.HELLO, payload=hello.encode(greet))
+        frame = link.receive(WELCOME_SECONDS)
+    except StreamEnded as exc:
+        raise _last_words(link) or link.stream.failure() from exc
+    if frame is None:
+        raise UnreachableError(f"{peer} did not answer within {WELCOME_SECONDS:.0f} s", host=peer, reason="silent")
+    try:
+        if frame.type is FrameType.ERROR:
+            raise errors.from_dict(hello.decode_error(frame.payload))
+        if frame.type is not FrameType.WELCOME:
+            raise RefusedError(f"{peer} answered HELLO with {frame.type.name}", host=peer, reason="bad_type")
+        return hello.decode_welcome(frame.payload)
+    except frames.FrameError as exc:
+        raise RefusedError(f"{peer}: {exc}", host=peer, reason=exc.reason) from exc
 
 
 def _last_words(link: Link) -> BmigrateError | None:

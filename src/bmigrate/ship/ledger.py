@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What was sent in a drain, with a digest of each piece: pure bookkeeping.
+"""What was sent in a drain, with a digest of each piece: pure bookkeeping, for any thread.
 
 Promises: the pieces kept never overlap, and each holds the digest of the bytes that were sent
 *last* for all of its range. Where a newer piece covers only part of an older one, the older is
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import threading
 from collections.abc import Iterator
 
 Extent = tuple[int, int]
@@ -26,6 +27,7 @@ class Ledger:
     """The pieces of one drain, by volume."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._starts: dict[str, list[int]] = {}
         self._pieces: dict[str, dict[int, tuple[int, bytes]]] = {}
 
@@ -34,6 +36,10 @@ class Ledger:
 
         Returns: (offset, length) ranges of older pieces that lost their digest and must be sent again.
         """
+        with self._lock:
+            return self._add(volume, offset, length, digest)
+
+    def _add(self, volume: str, offset: int, length: int, digest: bytes) -> list[Extent]:
         starts = self._starts.setdefault(volume, [])
         pieces = self._pieces.setdefault(volume, {})
         end = offset + length

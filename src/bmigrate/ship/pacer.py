@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Keeps the shipper polite, and knows where its time goes. One per workload, used by its reading and sending threads.
 
+While the foreground comes first, the readers of several streams take turns (``turn``): what is measured is how the
+device does with and without one read of ours, and a rest is a rest of all of them.
+
 Promises: while ``urgent`` is set (a handover converges or drains) nothing here waits; a wait ends
 as soon as it is set. What it measures is only ever shown as the limiter, never decided on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from bmigrate.ship import gentle
@@ -40,6 +45,8 @@ class Pacer:
         self.foreground_writes = False
         self.spent: dict[str, float] = dict.fromkeys(LIMITERS, 0.0)
         self._thread = threading.local()
+        self._lock = threading.Lock()
+        self._turn = threading.Lock()
         self.losing = False
         self.began: float | None = None
         self._services = services
@@ -66,20 +73,31 @@ class Pacer:
             self._thread.io_class = wanted
 
     def charge(self, cause: str, seconds: float) -> None:
-        """``seconds`` were spent on a cause of LIMITERS; each cause belongs to one thread."""
-        self.spent[cause] += seconds
+        """``seconds`` were spent on a cause of LIMITERS, by any thread."""
+        with self._lock:
+            self.spent[cause] += seconds
 
     def before_send(self, count: int) -> None:
         """Wait until ``count`` bytes may go out under the bandwidth limit."""
         began = time.monotonic()
         now = began
         while not self.urgent.is_set():
-            wait = self._bucket.take(count, now)
+            with self._lock:
+                wait = self._bucket.take(count, now)
             if not wait:
                 break
             self.urgent.wait(min(wait, 1.0))
             now = time.monotonic()
         self.charge("bandwidth_limit", now - began)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Around a read and the rest that follows: one reader at a time while the foreground comes first."""
+        if not self.polite:
+            yield
+            return
+        with self._turn:
+            yield
 
     @property
     def polite(self) -> bool:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""One pass: an ascending walk over everything dirty, claimed and read ahead in a thread, sent in this one.
+"""One pass: an ascending walk over everything dirty, claimed and read ahead in a thread, sent in this one; with several
+streams, the same once more for each of them, on claims of the same walk.
 
 Promises: only blocks of a claim are read and sent, never a neighbour to fill up an
 extent (its content could overtake a newer version that is already under way); a claim counts as sent when the
@@ -10,6 +11,8 @@ it took and did not send are in nobody's hands until the next fence.
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Callable
@@ -18,9 +21,10 @@ from bmigrate.common import faults, ranges
 from bmigrate.common.errors import BmigrateError, DefectError
 from bmigrate.ship import ledger as ledgers
 from bmigrate.ship import zeros
+from bmigrate.ship.lane import Lane
 from bmigrate.ship.ledger import Ledger
 from bmigrate.ship.pacer import Pacer
-from bmigrate.ship.readahead import Observer, ReadAhead, Run
+from bmigrate.ship.readahead import CLAIM_BYTES, Observer, ReadAhead, Run, Walk
 from bmigrate.ship.session import Session
 from bmigrate.ship.source import SourceVolume
 from bmigrate.ship.window import Claim
@@ -31,6 +35,11 @@ MAX_ZERO_BYTES = 1 << 30
 MAX_ZERO_BYTES_DRAIN = 32 << 20
 """A piece of a drain is read back as a whole: not longer than the receiver re-reads at once."""
 ZERO_HOLD_SECONDS = 0.5
+LANE_BYTES = 2 * CLAIM_BYTES
+"""A further stream takes part when there is so much for it: less is sooner durable by the first alone."""
+
+
+_log = logging.getLogger("ship")
 
 
 @dataclass
@@ -63,12 +72,14 @@ class Sender:
     Args:
         session, pacer: the open session and its pacing.
         ledger: of a drain: each piece is noted with its digest; what loses its digest is marked dirty again.
+        lane: the stream that everything goes to; the first of the session by default.
     """
 
-    def __init__(self, session: Session, pacer: Pacer, ledger: Ledger | None = None) -> None:
+    def __init__(self, session: Session, pacer: Pacer, ledger: Ledger | None = None, lane: Lane | None = None) -> None:
         self._session = session
         self._pacer = pacer
         self._ledger = ledger
+        self._lane = lane or session.lanes[0]
         self._zero: _Zeroes | None = None
 
     def send(self, volume: SourceVolume, claim: Claim, runs: list[Run]) -> None:
@@ -85,6 +96,7 @@ class Sender:
 
     def finished(self, claim: Claim) -> None:
         """``send`` was called for all of the claim: it goes to the window now, or when its last zeroes are sent."""
+        claim.lane = self._lane.number
         if self._zero is not None and claim in self._zero.claims:
             self._zero.finished.append(claim)
         else:
@@ -99,7 +111,8 @@ class Sender:
         largest = MAX_ZERO_BYTES if self._ledger is None else MAX_ZERO_BYTES_DRAIN
         for offset, length in ranges.pieces(run.offset, run.length, largest):
             self._note(run.volume.name, offset, length, None)
-            self._session.send(FrameType.ZERO, volume=run.volume.index, offset=offset, aux=length)
+            self._session.check()
+            self._lane.send(FrameType.ZERO, volume=run.volume.index, offset=offset, aux=length)
         for claim in run.finished:
             self._session.sent(claim)
             faults.point("ship.sent")
@@ -111,11 +124,12 @@ class Sender:
         if faults.point("ship.payload") == "corrupt":
             offset, data = parts[0]
             parts[0] = (offset, memoryview(bytes([data[0] ^ 0xFF]) + bytes(data[1:])))
-        packer, choice = self._session.packer, self._session.choice
+        lane, packer, choice = self._lane, self._lane.packer, self._lane.choice
+        self._session.check()
         if packer is None:
             self._pacer.before_send(total + HEADER_BYTES)
             began = time.monotonic()
-            self._session.send_extents(volume, parts)
+            lane.send_extents(volume.index, parts)
             self._pacer.charge("link", time.monotonic() - began)
         else:
             began = time.monotonic()
@@ -127,9 +141,9 @@ class Sender:
             self._pacer.before_send((total if packed is None else len(packed)) + HEADER_BYTES)
             sending = time.monotonic()
             if packed is None or len(packed) >= total:
-                self._session.send_extents(volume, parts)
+                lane.send_extents(volume.index, parts)
             else:
-                self._session.send_packed(volume, len(parts), packed)
+                lane.send_packed(volume.index, len(parts), packed)
             now = time.monotonic()
             self._pacer.charge("link", now - sending)
             choice.spent(total, packing_seconds, now - began)
@@ -162,12 +176,55 @@ class Sender:
             self._session.mark(volume, orphans, "drain: shipped again to be proved")
 
 
+class _Carrier:
+    """One lane's part in a pass: sends what its reader has read, claim by claim."""
+
+    def __init__(self, session: Session, pacer: Pacer, walk: Walk, ledger: Ledger | None, lane: Lane) -> None:
+        self._session, self._pacer, self._walk = session, pacer, walk
+        self._sender = Sender(session, pacer, ledger, lane)
+        self.result = PassResult()
+
+    def run(self) -> None:
+        """Until the walk is over; what fails ends the session and is raised."""
+        ahead = ReadAhead(self._session, self._pacer, self._walk)
+        result = self.result
+        try:
+            for batch in ahead:
+                self._sender.send(batch.volume, batch.claim, batch.runs)
+                ahead.give_back(batch)
+                if batch.last:
+                    self._sender.finished(batch.claim)
+                    result.claims += 1
+                    result.data_bytes += batch.claim.data_bytes
+                    result.zero_bytes += batch.claim.zero_bytes
+            self._sender.flush()
+            self._session.flush()
+        except BmigrateError as error:
+            self._session.fail(error)
+            raise
+        except BaseException as exc:
+            self._session.fail(DefectError(f"the pass failed: {exc!r}", reason="unexpected"))
+            raise
+        finally:
+            ahead.close()
+
+    def run_beside(self) -> None:
+        """``run`` in a thread of its own: whoever began the pass learns of a failure from the session."""
+        try:
+            self.run()
+        except BmigrateError:
+            return
+        except Exception:
+            _log.exception("a stream of workload %s failed", self._session.config.workload)
+
+
 def run_pass(
     session: Session,
     pacer: Pacer,
     interrupted: Callable[[], bool],
     ledger: Ledger | None = None,
     observer: Observer | None = None,
+    left_bytes: int = 0,
 ) -> PassResult:
     """Walk over everything dirty once. Does not wait for the last acknowledgements.
 
@@ -176,38 +233,37 @@ def run_pass(
             everything claimed before was sent.
         ledger: of a drain, or None.
         observer: called with each claim's volume and extents before they are read, in the reading thread.
+        left_bytes: about how much is dirty: how many streams are worth while.
 
     Raises:
         BmigrateError: the session is over, or what ``interrupted`` raised.
     """
     result = PassResult()
-    sender = Sender(session, pacer, ledger)
     began = time.monotonic()
     waited = session.standby_wait_seconds
     pacer.begin()
-    ahead = ReadAhead(session, pacer, interrupted, observer)
+    walk = Walk(session, interrupted, observer)
+    lanes = session.lanes[: max(1, left_bytes // LANE_BYTES)]
+    carriers = [_Carrier(session, pacer, walk, ledger, lane) for lane in lanes]
+    threads = [
+        threading.Thread(target=carrier.run_beside, name=f"{session.config.workload}-send-{number}", daemon=True)
+        for number, carrier in enumerate(carriers[1:], 1)
+    ]
+    for thread in threads:
+        thread.start()
     try:
-        for batch in ahead:
-            sender.send(batch.volume, batch.claim, batch.runs)
-            ahead.give_back(batch)
-            if batch.last:
-                sender.finished(batch.claim)
-                result.claims += 1
-                result.data_bytes += batch.claim.data_bytes
-                result.zero_bytes += batch.claim.zero_bytes
-        sender.flush()
-        session.flush()
-    except BmigrateError as error:
-        session.fail(error)
-        raise
-    except BaseException as exc:
-        session.fail(DefectError(f"the pass failed: {exc!r}", reason="unexpected"))
-        raise
+        carriers[0].run()
     finally:
-        ahead.close()
-    if ahead.refused is not None:
-        raise ahead.refused
-    result.complete = ahead.complete
+        for thread in threads:
+            thread.join()
+    session.check()
+    if walk.refused is not None:
+        raise walk.refused
+    for carrier in carriers:
+        result.claims += carrier.result.claims
+        result.data_bytes += carrier.result.data_bytes
+        result.zero_bytes += carrier.result.zero_bytes
+    result.complete = walk.complete
     result.seconds = time.monotonic() - began
     pacer.charge("standby", session.standby_wait_seconds - waited)
     result.limiter = pacer.limiter(result.seconds)

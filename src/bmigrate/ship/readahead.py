@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Claims and reads of a walk, in a thread ahead of the one that sends.
+"""Claims and reads of a walk, in a thread ahead of the one that sends; with several streams, one such pair for each.
 
 Promises: a block is read after it was claimed, by the thread that claimed it, so that a write that the
 read misses makes it dirty again; each claim comes out whole, in order, in one or more batches, also when
@@ -41,8 +41,8 @@ class Batch(NamedTuple):
     last: bool
 
 
-class ReadAhead:
-    """One walk over everything dirty, as batches. Iterate, ``give_back`` each batch, and ``close`` in any case.
+class Walk:
+    """The claims of one walk over everything dirty, ascending; several readers may take from it.
 
     Args:
         interrupted: asked before each claim, in the reading thread. What it raises ends the walk too, and is
@@ -53,15 +53,54 @@ class ReadAhead:
         complete: False when the walk was interrupted.
     """
 
-    def __init__(
-        self, session: Session, pacer: Pacer, interrupted: Callable[[], bool], observer: Observer | None = None
-    ) -> None:
+    def __init__(self, session: Session, interrupted: Callable[[], bool], observer: Observer | None = None) -> None:
         self.complete = True
         self.refused: Exception | None = None
         self._session = session
-        self._pacer = pacer
         self._interrupted = interrupted
         self._observer = observer
+        self._lock = threading.Lock()
+        self._volumes = iter(session.volumes)
+        self._volume: SourceVolume | None = next(self._volumes, None)
+        self._offset = 0
+
+    def next(self) -> tuple[SourceVolume, Claim] | None:
+        """The next claim, or None at the end of the walk.
+
+        Raises:
+            BmigrateError: the session is over.
+        """
+        with self._lock:
+            while self._volume is not None:
+                volume = self._volume
+                if self._offset < volume.size_bytes:
+                    if not self.complete or self._stop_now():
+                        return None
+                    claim = self._session.claim(volume, self._offset, CLAIM_BYTES)
+                    if claim is not None:
+                        self._offset = claim.next_offset
+                        if self._observer is not None:
+                            self._observer(volume.name, claim.extents)
+                        return volume, claim
+                self._volume, self._offset = next(self._volumes, None), 0
+            return None
+
+    def _stop_now(self) -> bool:
+        try:
+            if not self._interrupted():
+                return False
+        except Exception as exc:
+            self.refused = exc
+        self.complete = False
+        return True
+
+
+class ReadAhead:
+    """The batches of one reader of a walk. Iterate, ``give_back`` each batch, and ``close`` in any case."""
+
+    def __init__(self, session: Session, pacer: Pacer, walk: Walk) -> None:
+        self._pacer = pacer
+        self._claims = walk
         self._failure: BaseException | None = None
         self._stopping = False
         self._free: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
@@ -106,30 +145,12 @@ class ReadAhead:
         finally:
             self._ready.put(None)
 
-    def _stop_now(self) -> bool:
-        try:
-            if not self._interrupted():
-                return False
-        except Exception as exc:
-            self.refused = exc
-        self.complete = False
-        return True
-
     def _walk(self) -> None:
-        for volume in self._session.volumes:
-            offset = 0
-            while offset < volume.size_bytes:
-                if self._stopping or self._stop_now():
-                    return
-                self._pacer.enter()
-                claim = self._session.claim(volume, offset, CLAIM_BYTES)
-                if claim is None:
-                    break
-                if self._observer is not None:
-                    self._observer(volume.name, claim.extents)
-                if not self._read(volume, claim):
-                    return
-                offset = claim.next_offset
+        while not self._stopping:
+            self._pacer.enter()
+            found = self._claims.next()
+            if found is None or not self._read(*found):
+                return
 
     def _read(self, volume: SourceVolume, claim: Claim) -> bool:
         """Read all of a claim; False when nobody wants it any more."""
@@ -148,11 +169,12 @@ class ReadAhead:
                     used, runs = 0, []
                 step = min(length, BUFFER_BYTES - used, self._pacer.read_bytes(volume.number))
                 view = buffer[used : used + step]
-                began = time.monotonic()
-                volume.read_into(view, offset)
-                spent = time.monotonic() - began
-                self._pacer.charge("source_read", spent)
-                self._pacer.rest(volume.number, step, spent)
+                with self._pacer.turn():
+                    began = time.monotonic()
+                    volume.read_into(view, offset)
+                    spent = time.monotonic() - began
+                    self._pacer.charge("source_read", spent)
+                    self._pacer.rest(volume.number, step, spent)
                 faults.point("ship.read")
                 runs.append((offset, view))
                 used += step

@@ -6,13 +6,18 @@ every claim is acknowledged to breqd only after an ACK for a SYNC that followed 
 first failure of any part (stream, receiver, breqd, device) ends all of it, and what was under way stays
 claimed until the next fence. It never resumes: a session that failed once is over.
 
-Threads: the caller's thread sends; another one may claim and read ahead of it (readahead.py); a reader takes
-frames in; an acknowledger writes the record and tells breqd. They meet in the window, under one lock,
-and in the connection to breqd, under another.
+A session may have several streams (lane.py). A claim travels whole on one of them. Only the first stream's receiver
+flushes and acknowledges; what travelled on the others is known to be written before a SYNC leaves (marks.py).
+
+Threads: the caller's thread sends, with several streams one more for each; others may claim and read ahead of them
+(readahead.py); a reader for each stream takes frames in; an acknowledger writes the record and tells breqd; a syncer
+sends the SYNCs that had to wait for other streams. They meet in the window and the marks, under one lock, and in the
+connection to breqd, under another.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
@@ -26,16 +31,18 @@ from bmigrate.common import errors, faults
 from bmigrate.common.config import Config
 from bmigrate.common.errors import BmigrateError, DefectError, RefusedError, UnreachableError
 from bmigrate.ship import handshake
+from bmigrate.ship.lane import Lane
 from bmigrate.ship.link import Link, StreamEnded
+from bmigrate.ship.marks import Marks
 from bmigrate.ship.rates import ShipRate
 from bmigrate.ship.record import Record
 from bmigrate.ship.source import SourceVolume
 from bmigrate.ship.tracker import Snapshot, Tracker
-from bmigrate.ship.transport import Transport, closed_by_peer
+from bmigrate.ship.transport import Stream, Transport, closed_by_peer
 from bmigrate.ship.window import Claim, ProtocolError, Window
 from bmigrate.wire import frames, hello
 from bmigrate.wire.frames import FrameType
-from bmigrate.wire.packing import Choice, Packer
+from bmigrate.wire.packing import Packer
 
 MAX_CLAIMS_IN_FLIGHT = 512
 MAX_BYTES_IN_FLIGHT = 128 << 20
@@ -46,6 +53,7 @@ SYNC_RATE_SECONDS = 0.25
 SYNCS_IN_FLIGHT = 4
 SYNC_SECONDS = 0.5
 ANSWER_SECONDS = 300.0
+LAST_WORDS_SECONDS = 1.0
 _DIGEST_BYTES = {
     FrameType.HASHES: frames.HASH_DIGEST_BYTES,
     FrameType.DIGESTS: frames.EXTENT_DIGEST_BYTES,
@@ -60,7 +68,7 @@ class Session:
 
     Attributes:
         epoch, session_id: of the lease. version: of the protocol. volumes: in the configured order.
-        packer: compresses extents when that was agreed on, else None. choice: whether it is worth while.
+        lanes: its streams; the first carries requests and acknowledgements.
         standby_suspects: volume -> why the standby distrusts its copy, as of WELCOME.
         rate: the ship rate, fed by the acknowledgements.
     """
@@ -72,8 +80,7 @@ class Session:
         self.epoch = 0
         self.session_id = ""
         self.version = frames.VERSION
-        self.packer: Packer | None = None
-        self.choice = Choice()
+        self.lanes: list[Lane] = []
         self.incarnation = ""
         self.volumes: list[SourceVolume] = []
         self.standby_suspects: dict[str, str] = {}
@@ -81,6 +88,9 @@ class Session:
         self.standby_wait_seconds = 0.0
         self._silence_seconds = config.limits.silence_seconds
         self._window = Window()
+        self._marks = Marks()
+        self._marked = False
+        self._syncing = threading.Lock()
         self._cond = threading.Condition()
         self._failure: BmigrateError | None = None
         self._closing = False
@@ -93,7 +103,7 @@ class Session:
         self._asking = threading.Lock()
         self._tracker: Tracker | None = None
         self._ack_tracker: Tracker | None = None
-        self._link: Link | None = None
+        self._streams: list[Stream] = []
 
     # -- opening ---------------------------------------------------------------------------------
 
@@ -137,14 +147,28 @@ class Session:
         if self.record.damaged:
             for volume in self.config.volumes:
                 self._tracker.suspect(volume.name, "the record of the last acknowledgement is damaged")
-        self._link = Link(transport.open(self.config), self.config.peer.name)
         greeting = handshake.greeting(self.config, generation, self.record, snapshot, self.volumes)
-        welcome = handshake.shake_hands(self._link, greeting, self.volumes)
+        first = self._connect(transport)
+        welcome = handshake.shake_hands(first, greeting, self.volumes)
         self.epoch, self.session_id, self.version = welcome.epoch, welcome.session_id, welcome.v
-        if welcome.compression:
-            self.packer, self.choice = Packer(), Choice()
+        self._add_lane(first, welcome)
+        # All are started before the first is waited for: a connection takes a few round trips.
+        others = [self._connect(transport) for _ in range(1, min(welcome.streams, self.config.streams))]
+        for link in others:
+            self._add_lane(link, handshake.join(link, greeting, welcome))
         self.standby_suspects = {item.name: item.suspect for item in welcome.volumes if item.suspect}
         self._silence_seconds = welcome.silence_seconds
+
+    def _connect(self, transport: Transport) -> Link:
+        stream = transport.open(self.config)
+        self._streams.append(stream)
+        return Link(stream, self.config.peer.name)
+
+    def _add_lane(self, link: Link, welcome: hello.Welcome) -> None:
+        lane = Lane(len(self.lanes), link, welcome.v, self._lost)
+        if welcome.compression:
+            lane.packer = Packer()
+        self.lanes.append(lane)
 
     def _begin(self, breqd_socket: Path) -> None:
         tracker = self.tracker
@@ -160,10 +184,16 @@ class Session:
         tracker.fence(self.epoch, self.session_id)
         self._fenced = True
         self.record.opened(self.epoch, self.session_id)
-        for name, body in (("reader", self._read_frames), ("acknowledger", self._acknowledge)):
-            thread = threading.Thread(target=body, name=f"{self.config.workload}-{name}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        self._start("acknowledger", self._acknowledge)
+        for lane in self.lanes:
+            self._start(f"reader-{lane.number}", functools.partial(self._read_frames, lane))
+        if len(self.lanes) > 1:
+            self._start("syncer", self._send_waiting_syncs)
+
+    def _start(self, name: str, body: Callable[[], None]) -> None:
+        thread = threading.Thread(target=body, name=f"{self.config.workload}-{name}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     # -- failure ---------------------------------------------------------------------------------
 
@@ -184,8 +214,8 @@ class Session:
             if self._failure is None:
                 self._failure = error
             self._cond.notify_all()
-        if self._link is not None:
-            self._link.stream.kill()
+        for stream in self._streams:
+            stream.kill()
 
     def check(self) -> None:
         """Raise the failure of the session, if there is one."""
@@ -213,20 +243,16 @@ class Session:
             self._cond.wait(min(rest, 1.0))
         self.check()
 
-    # -- sending: the caller's thread --------------------------------------------------------------
+    # -- sending: the caller's thread, and one more for each further stream ------------------------
 
     def send(self, type_: FrameType, *, volume: int = 0, offset: int = 0, aux: int = 0, payload: bytes = b"") -> None:
-        """Write one frame.
+        """Write one frame to the first stream.
 
         Raises:
             BmigrateError: why the session is over.
         """
         self.check()
-        assert self._link is not None
-        try:
-            self._link.send(type_, volume=volume, offset=offset, aux=aux, payload=payload)
-        except StreamEnded as exc:
-            raise self._lost() from exc
+        self.lanes[0].send(type_, volume=volume, offset=offset, aux=aux, payload=payload)
 
     def claim(self, volume: SourceVolume, from_offset: int, max_bytes: int) -> Claim | None:
         """Claim the next dirty blocks at or above an offset; for any thread."""
@@ -235,36 +261,6 @@ class Session:
             claim = self.tracker.claim(volume.name, self.epoch, max_bytes, from_offset, self.incarnation)
         faults.point("ship.claimed")
         return claim
-
-    def send_extents(self, volume: SourceVolume, parts: list[tuple[int, memoryview]]) -> None:
-        """Write data as one frame: (offset, data), ascending; the data is not copied and is free on return.
-
-        Raises:
-            BmigrateError: why the session is over.
-        """
-        self.check()
-        assert self._link is not None
-        try:
-            if len(parts) > 1 and self.version >= 2:
-                self._link.send_extents(volume.index, parts)
-                return
-            for offset, data in parts:
-                self._link.send(FrameType.DATA, volume=volume.index, offset=offset, payload=data)
-        except StreamEnded as exc:
-            raise self._lost() from exc
-
-    def send_packed(self, volume: SourceVolume, count: int, packed: bytes) -> None:
-        """Write ``count`` extents that are compressed.
-
-        Raises:
-            BmigrateError: why the session is over.
-        """
-        self.check()
-        assert self._link is not None
-        try:
-            self._link.send_packed(volume.index, count, packed)
-        except StreamEnded as exc:
-            raise self._lost() from exc
 
     def _has_room(self) -> bool:
         return (
@@ -276,7 +272,7 @@ class Session:
         return min(max(MIN_SYNC_BYTES, rate * SYNC_RATE_SECONDS), MAX_SYNC_BYTES)
 
     def sent(self, claim: Claim) -> None:
-        """All frames of the claim were sent; a SYNC follows soon. Waits while too much is under way.
+        """All frames of the claim were sent on its lane; a SYNC follows soon. Waits while too much is under way.
 
         Raises:
             BmigrateError: why the session is over.
@@ -295,15 +291,54 @@ class Session:
         if not room:
             with self._cond:
                 self._wait(self._has_room, ANSWER_SECONDS, "acknowledgement")
-            self.standby_wait_seconds += time.monotonic() - now
+                self.standby_wait_seconds += time.monotonic() - now
 
     def sync(self) -> int:
-        """Ask for everything sent so far to be made durable; returns the number of the SYNC."""
-        with self._cond:
-            number = self._window.sync()
-        self.send(FrameType.SYNC, aux=number)
-        faults.point("ship.synced")
+        """Ask for everything sent so far to be made durable; returns the number of the SYNC.
+
+        It leaves at once, or, after the MARKs that this sends, when the other streams' receivers have written
+        what they were sent.
+        """
+        # Held over the sends: MARKs leave each stream in the order of their numbers.
+        with self._syncing:
+            with self._cond:
+                number = self._window.sync()
+                claims = self._window.last_batch
+                lanes = {claim.lane for claim in claims if claim.lane}
+                written = {claim.volume for claim in claims if claim.lane}
+                # A claim is in the window only when the last of its frames was written: the MARK comes after it.
+                volumes = sum(1 << volume.index for volume in self.volumes if volume.name in written)
+                self._marks.wait(number, lanes, volumes)
+            for lane in sorted(lanes):
+                self.check()
+                self.lanes[lane].send(FrameType.MARK, aux=number)
+            self._send_ready_sync()
         return number
+
+    def _send_ready_sync(self) -> None:
+        """Send the newest SYNC that waits for no stream any more, if there is one; with ``_syncing`` held."""
+        with self._cond:
+            ready = self._marks.ready()
+        if ready is not None:
+            self.send(FrameType.SYNC, aux=ready.number, offset=ready.volumes)
+            faults.point("ship.synced")
+
+    def _send_waiting_syncs(self) -> None:
+        """The syncer: whenever a stream has answered its MARK, see whether a SYNC waited for that alone."""
+        try:
+            while True:
+                with self._cond:
+                    self._cond.wait_for(lambda: self._marked or self._failure is not None)
+                    if self._failure is not None:
+                        return
+                    self._marked = False
+                with self._syncing:
+                    self._send_ready_sync()
+        except BmigrateError as error:
+            self.fail(error)
+        except Exception as exc:
+            _log.exception("the syncer of workload %s failed", self.config.workload)
+            self.fail(DefectError(f"syncer: {exc!r}", reason="unexpected"))
 
     def flush(self) -> None:
         """A SYNC if anything was sent since the last one; does not wait."""
@@ -377,38 +412,45 @@ class Session:
 
     # -- taking in: the reader and the acknowledger ------------------------------------------------
 
-    def _read_frames(self) -> None:
-        assert self._link is not None
-        link, stream = self._link, self._link.stream
-        quarter = self._silence_seconds / 4
+    def _read_frames(self, lane: Lane) -> None:
+        take = self._take if lane.number == 0 else functools.partial(self._take_marked, lane)
         try:
-            while self._failure is None:
-                frame = link.receive(min(quarter, 1.0))
-                now = time.monotonic()
-                if now - link.last_sent >= quarter:
-                    link.send_if_free(FrameType.PING)
-                if frame is not None:
-                    self._take(frame)
-                elif now - link.last_heard > 2 * self._silence_seconds:
-                    raise UnreachableError(
-                        f"{self.config.peer.name} said nothing for {now - link.last_heard:.0f} s",
-                        host=self.config.peer.name,
-                        hint="check the network and the peer's disks; shipping resumes by itself",
-                        reason="silent",
-                    )
+            lane.read(self._silence_seconds, take, lambda: self._failure is not None)
         except StreamEnded:
-            self.fail(stream.failure() if not self._closing else closed_by_peer(self.config.peer.name, ""))
+            error = lane.link.stream.failure() if not self._closing else closed_by_peer(self.config.peer.name, "")
+            if len(self.lanes) > 1:
+                # The end of one stream is the end of all: the one that began it may have said why.
+                with self._cond:
+                    self._cond.wait_for(lambda: self._failure is not None, LAST_WORDS_SECONDS)
+            self.fail(error)
         except BmigrateError as error:
             self.fail(error)
+        except ProtocolError as exc:
+            self.fail(RefusedError(str(exc), host=self.config.peer.name, reason="bad_answer"))
         except frames.FrameError as exc:
             self.fail(RefusedError(f"{self.config.peer.name}: {exc}", host=self.config.peer.name, reason=exc.reason))
         except Exception as exc:
-            _log.exception("the reader of workload %s failed", self.config.workload)
+            _log.exception("a reader of workload %s failed", self.config.workload)
             self.fail(DefectError(f"reader: {exc!r}", reason="unexpected"))
         finally:
-            self._acks.put(None)
+            if lane.number == 0:
+                self._acks.put(None)
 
-    def _take(self, frame: frames.Frame) -> None:
+    def _take_marked(self, lane: Lane, frame: frames.Frame) -> None:
+        """A frame on another stream than the first."""
+        if frame.type is FrameType.MARKED:
+            with self._cond:
+                self._marks.marked(lane.number, frame.aux)
+                self._marked = True
+                self._cond.notify_all()
+        elif frame.type in (FrameType.ERROR, FrameType.PING, FrameType.PONG, FrameType.BYE):
+            self._take(frame, lane)
+        else:
+            raise RefusedError(
+                f"{self.config.peer.name} sent {frame.type.name} on a further stream", reason="bad_answer"
+            )
+
+    def _take(self, frame: frames.Frame, lane: Lane | None = None) -> None:
         peer = self.config.peer.name
         if frame.type is FrameType.ACK:
             self._acks.put(frame.aux)
@@ -423,8 +465,7 @@ class Session:
         elif frame.type is FrameType.ERROR:
             raise errors.from_dict(hello.decode_error(frame.payload))
         elif frame.type is FrameType.PING:
-            assert self._link is not None
-            self._link.send_if_free(FrameType.PONG)
+            (lane or self.lanes[0]).link.send_if_free(FrameType.PONG)
         elif frame.type is FrameType.BYE:
             raise closed_by_peer(peer, "the receiver said goodbye")
 
@@ -468,16 +509,17 @@ class Session:
         Args:
             farewell: say BYE first, so that the receiver ends without an error.
         """
-        if farewell and self._failure is None and self._link is not None:
+        if farewell and self._failure is None and self.lanes:
             self._closing = True
             try:
-                self._link.send(FrameType.BYE)
+                # To the first only: with its receiver hold ends the others, which have nothing under way by then.
+                self.lanes[0].link.send(FrameType.BYE)
                 with self._cond:
                     self._cond.wait_for(lambda: self._failure is not None, 2.0)
             except StreamEnded:
                 _log.debug("the receiver was gone before the goodbye")
         self._closing = True
-        if self._link is not None:
+        if self._streams:
             self.fail(closed_by_peer(self.config.peer.name, "closed on this side"))
         for thread in self._threads:
             thread.join()
@@ -488,8 +530,8 @@ class Session:
                 # breqd is gone or restarted; it will take no claim or acknowledgement of this epoch then
                 _log.debug("end_session: %s", error)
             self._fenced = False
-        if self._link is not None:
-            self._link.stream.close()
+        for stream in self._streams:
+            stream.close()
         for tracker in (self._tracker, self._ack_tracker):
             if tracker is not None:
                 tracker.close()

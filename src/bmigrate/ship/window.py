@@ -26,6 +26,7 @@ class Claim:
         extents: (offset, length) in bytes.
         next_offset: where the walk goes on.
         data_bytes, zero_bytes, same_bytes: how its bytes travelled, filled in while it is sent.
+        lane: number of the stream that all its frames travel on.
     """
 
     volume: str
@@ -35,6 +36,7 @@ class Claim:
     data_bytes: int = 0
     zero_bytes: int = 0
     same_bytes: int = 0
+    lane: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -98,6 +100,11 @@ class Window:
         self._synced.append((self._last_sync, self._unsynced))
         self._unsynced = []
         return self._last_sync
+
+    @property
+    def last_batch(self) -> list[Claim]:
+        """The claims that the last SYNC covers and no earlier one does."""
+        return self._synced[-1][1] if self._synced else []
 
     def acked(self, number: int) -> list[Claim]:
         """The claims that ACK(number) makes durable, oldest first.

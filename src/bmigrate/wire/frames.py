@@ -20,8 +20,9 @@ from collections.abc import Iterator
 from typing import NamedTuple, Union
 
 MAGIC = 0x31474D42  # "BMG1", little-endian
-VERSION = 2
-"""The newest version that this host speaks; 2 has EXTENTS and PACKED frames. HELLO and WELCOME agree on one."""
+VERSION = 3
+"""The newest version that this host speaks; 2 has EXTENTS and PACKED frames, 3 sessions of several streams, with
+MARK frames. HELLO and WELCOME agree on one."""
 MIN_VERSION = 1
 HEADER = struct.Struct("<IBBHQQQQIIII")
 HEADER_BYTES = 56
@@ -65,6 +66,8 @@ class FrameType(enum.IntEnum):
     ERROR = 15
     EXTENTS = 16
     PACKED = 17
+    MARK = 18
+    MARKED = 19
 
 
 _BOTH = frozenset({FrameType.RESYNC_DONE, FrameType.PING, FrameType.PONG, FrameType.BYE, FrameType.ERROR})
@@ -77,15 +80,22 @@ FROM_SENDER = _BOTH | {
     FrameType.SYNC,
     FrameType.HASH,
     FrameType.REREAD,
+    FrameType.MARK,
 }
-FROM_RECEIVER = _BOTH | {FrameType.WELCOME, FrameType.ACK, FrameType.HASHES, FrameType.DIGESTS}
+FROM_RECEIVER = _BOTH | {
+    FrameType.WELCOME,
+    FrameType.ACK,
+    FrameType.HASHES,
+    FrameType.DIGESTS,
+    FrameType.MARKED,
+}
 
-_SINCE_VERSION_2 = frozenset({FrameType.EXTENTS, FrameType.PACKED})
+_SINCE = {FrameType.EXTENTS: 2, FrameType.PACKED: 2, FrameType.MARK: 3}
 
 
 def from_sender(version: int) -> frozenset[FrameType]:
     """The types that a sender may use in a session of this version."""
-    return FROM_SENDER if version >= 2 else FROM_SENDER - _SINCE_VERSION_2
+    return frozenset(type_ for type_ in FROM_SENDER if _SINCE.get(type_, 1) <= version)
 
 
 _JSON_TYPES = frozenset({FrameType.HELLO, FrameType.WELCOME, FrameType.ERROR})
@@ -98,6 +108,8 @@ _EMPTY_TYPES = frozenset(
         FrameType.PING,
         FrameType.PONG,
         FrameType.BYE,
+        FrameType.MARK,
+        FrameType.MARKED,
     }
 )
 

@@ -17,6 +17,7 @@ from typing import Any
 from bmigrate.wire.frames import MIN_VERSION, VERSION, FrameError
 
 MAX_VOLUMES = 16
+MAX_STREAMS = 8
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,30}\Z")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}\Z")
 _ID = re.compile(r"[0-9a-f]{32}\Z")
@@ -24,6 +25,8 @@ _INCARNATION = re.compile(r"[0-9a-f]{8,64}\Z")
 _BOOT_ID = re.compile(r"[0-9a-f-]{32,36}\Z")
 _COMPRESSION = re.compile(r"[a-z0-9]{0,16}\Z")
 _MAX_U64 = (1 << 64) - 1
+_WELCOME_SINCE = {"compression": 2, "streams": 3}
+"""The version that brought a field of WELCOME; older ones are those that every version has."""
 
 
 class HelloError(FrameError):
@@ -70,6 +73,14 @@ class LastSession:
 
 
 @dataclass(frozen=True)
+class Join:
+    """The open session that a further stream wants to belong to; the id is known only to who was granted it."""
+
+    epoch: int
+    session_id: str
+
+
+@dataclass(frozen=True)
 class HelloVolume:
     """A volume as the sender has it; sizes in bytes."""
 
@@ -86,7 +97,8 @@ class Hello:
     `incarnation` is that of its breqd. `highest_epoch` is the highest epoch that breqd has ever
     been told of (0: none): the new one will be above it, also when the standby's notes were lost.
     `v_min` to `v` are the versions of the protocol that the sender speaks. `compression` is what it would like to
-    use, "" for none.
+    use, "" for none. `streams` is how many streams it would like the session to have, this one included; `join` makes
+    this one a further stream of a session that is open, instead of the first of a new one.
     """
 
     workload: str
@@ -100,6 +112,8 @@ class Hello:
     v: int = VERSION
     v_min: int = MIN_VERSION
     compression: str = ""
+    streams: int = 1
+    join: Join | None = None
 
     @property
     def version(self) -> int:
@@ -126,7 +140,8 @@ class WelcomeVolume:
 class Welcome:
     """The receiver's answer: the session is open, the fence of `epoch` is durable.
 
-    `v` is the version of the session, `compression` what PACKED frames may be compressed with, "" for none of them.
+    `v` is the version of the session, `compression` what PACKED frames may be compressed with, "" for none of them,
+    `streams` how many streams the session may have, this one included.
     """
 
     epoch: int
@@ -137,10 +152,11 @@ class Welcome:
     volumes: list[WelcomeVolume] = field(default_factory=list)
     v: int = VERSION
     compression: str = ""
+    streams: int = 1
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
-        return asdict(self)
+        """The JSON object: what a peer of that version does not know is left out, because it would refuse it."""
+        return {name: value for name, value in asdict(self).items() if _WELCOME_SINCE.get(name, 1) <= self.v}
 
 
 def encode(message: Hello | Welcome | Mapping[str, Any]) -> bytes:
@@ -158,6 +174,7 @@ def decode_hello(payload: bytes | memoryview | Mapping[str, Any]) -> Hello:
     low, high = data.versions()
     generation = data.child("generation")
     last = data.child("last_session", optional=True)
+    join = data.child("join", optional=True)
     volumes = []
     for item in data.children("volumes"):
         volumes.append(
@@ -183,11 +200,16 @@ def decode_hello(payload: bytes | memoryview | Mapping[str, Any]) -> Hello:
         v=high,
         v_min=low,
         compression=data.text("compression", _COMPRESSION, optional=True) or "",
+        streams=data.number("streams", 1, MAX_STREAMS, default=1),
+        join=None if join is None else Join(join.number("epoch", 1), join.text("session_id", _ID)),
     )
     generation.done()
-    if last is not None:
-        last.done()
+    for part in (last, join):
+        if part is not None:
+            part.done()
     data.done()
+    if hello.join is not None and hello.version < 3:
+        raise HelloError(f"HELLO: version {hello.version} has no sessions of several streams to join")
     if len({volume.name for volume in volumes}) != len(volumes):
         raise HelloError("HELLO: a volume is named twice")
     return hello
@@ -218,6 +240,7 @@ def decode_welcome(payload: bytes | memoryview | Mapping[str, Any]) -> Welcome:
         volumes=volumes,
         v=agree(version, version),
         compression=data.text("compression", _COMPRESSION, optional=True) or "",
+        streams=data.number("streams", 1, MAX_STREAMS, default=1),
     )
     data.done()
     if [volume.index for volume in volumes] != list(range(len(volumes))):
