@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
+import select
 import struct
 import subprocess
 import sys
@@ -354,6 +356,32 @@ def test_memory_stays_bounded(host: StandbyHost) -> None:
         answers = [sender.receive() for _ in range(2)]
         assert {frame.type for frame in answers if frame is not None} == {FrameType.HASHES, FrameType.ACK}
     assert resident() - before < (hasher.BUFFERS + 8) * MIB
+
+
+def test_a_sender_that_takes_no_answer_costs_no_memory(host: StandbyHost) -> None:
+    """Requests without end, each answered by 4 KiB of digests that nobody reads: the receiver stops taking them."""
+    sender = host.session()
+    assert sender.process.stdin is not None
+    fd = sender.process.stdin.fileno()
+    os.set_blocking(fd, False)
+
+    def resident() -> int:
+        return int(Path(f"/proc/{sender.process.pid}/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    ask = {"offset": 0, "aux": MIB, "payload": frames.encode_chunk(4096)}
+    before, refused, sent = resident(), 0, 0
+    rest = b""
+    while refused < 100 and sent < 40_000:
+        rest = rest or b"".join(map(bytes, sender.writer.encode(FrameType.HASH, **ask)))
+        try:
+            rest = rest[os.write(fd, rest) :]
+            sent, refused = sent + 1, 0
+        except BlockingIOError:
+            # Full: a hundred times in a row, 20 ms apart, is no pause between two requests any more.
+            refused += 1
+            select.select([], [], [], 0.02)
+    assert refused == 100, f"{sent} requests were taken, and none of their answers was"
+    assert resident() - before < 48 * MIB
 
 
 def test_fault_points_corrupt_what_lands_and_a_reread_shows_it(host: StandbyHost) -> None:

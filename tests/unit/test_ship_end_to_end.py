@@ -16,7 +16,7 @@ import pytest
 from bmigrate.common import rpc
 from bmigrate.common.config import Limits
 from bmigrate.common.errors import BmigrateError, PhaseError, RefusedError, SuspectError, UsageError
-from bmigrate.ship import handshake
+from bmigrate.ship import drain, handshake, source
 from bmigrate.ship.engine import Engine
 from bmigrate.ship.jobs import Job
 from tests.unit.ship_world import GRANULE, World
@@ -581,3 +581,66 @@ def test_the_limit_changes_while_it_ships_and_survives_a_restart(
                 engine.limit(wrong)
     finally:
         world.close()
+
+
+def _poke(path: Path, offset: int) -> None:
+    """Something else in a block of a file, behind everybody's back."""
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.pwrite(fd, os.urandom(GRANULE), offset)
+    finally:
+        os.close(fd)
+
+
+def test_what_a_failed_proof_left_unanswered_is_no_answer_to_the_resync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drain whose proof fails early leaves answers on their way; the resync that follows must not take them for its
+    own, or a damaged block is called equal and every suspicion is taken back."""
+    monkeypatch.setattr(drain, "REREAD_PIECES", 1)
+    world = World(tmp_path, monkeypatch, {"data": 24 * MIB})
+    try:
+        engine = world.engine()
+        world.until(engine, "in_step")
+        epoch = (engine.record.session or {})["epoch"]
+        prove = drain._prove
+
+        def damaged(*arguments: Any) -> None:
+            _poke(world.replica(), 0)
+            _poke(world.replica(), 17 * MIB + 8 * GRANULE)
+            prove(*arguments)
+
+        monkeypatch.setattr(drain, "_prove", damaged)
+        for number in range(6):
+            world.write(number * 64 * GRANULE, os.urandom(GRANULE))
+        with pytest.raises(RefusedError) as caught:
+            world.drain(engine)
+        assert caught.value.reason == "digest_mismatch"
+        wait(lambda: world.breqd.items["wl", "data"].record.resyncs == 1, "the resync")
+        world.until(engine, "in_step")
+        assert (engine.record.session or {})["epoch"] > epoch, "the session went on with answers that nobody waits for"
+        world.check_equal()
+    finally:
+        world.close()
+
+
+def test_a_verify_that_failed_leaves_no_answer_to_the_next(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read error in the middle of a comparison; the next one finds the damage, and nothing but the damage."""
+    engine = world.engine()
+    world.until(engine, "in_step")
+    read_into = source.SourceVolume.read_into
+    failed: list[int] = []
+
+    def failing(self: source.SourceVolume, view: memoryview, offset: int) -> None:
+        if offset == 6 * MIB and not failed:
+            failed.append(offset)
+            raise RefusedError("reading failed", reason="read_failed")
+        read_into(self, view, offset)
+
+    monkeypatch.setattr(source.SourceVolume, "read_into", failing)
+    with pytest.raises(RefusedError, match="reading failed"):
+        world.job(engine, "verify")
+    world.until(engine, "in_step")
+    _poke(world.replica(), 5 * MIB + 8 * GRANULE)
+    found = world.job(engine, "verify")
+    assert found["different_bytes"] == GRANULE, found

@@ -2,8 +2,8 @@
 """Answers HASH beside the writes: the caller's thread reads, a few threads hash, one sends the answers in order.
 
 Promises: what is hashed was read when the frame was handled, so a write that follows the frame is not in it, and one
-before it is; answers leave in the order of the requests. Memory is bounded: BUFFERS buffers of READ_BYTES; who asks for
-more waits. The first failure ends the session.
+before it is; answers leave in the order of the requests. Memory is bounded: BUFFERS buffers of READ_BYTES and MAX_OPEN
+answers; who asks for more waits. The first failure ends the session.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from bmigrate.wire.frames import FrameType
 
 BUFFERS = 6
 MAX_WORKERS = 4
+MAX_OPEN = 64
 log = logging.getLogger("breceive")
 
 
@@ -72,6 +73,10 @@ class Hasher:
         pool = self._start()
         answer = _Answer(index, offset, length)
         with self._cond:
+            # An answer that the sender does not take is kept, and digests of 64 MiB may be 256 KiB.
+            while self._open >= MAX_OPEN and not self._failed:
+                if not self._cond.wait(1.0):
+                    self._link.keep_alive()
             self._open += 1
         self._answers.put(answer)
         end = offset + length

@@ -101,19 +101,18 @@ class StandbyVolume:
         self.check("DATA", offset, len(data))
         if faults.point("receive.write") == "corrupt":
             data[0] ^= 0xFF
-        self._writes += 1
         done = 0
         try:
             while done < len(data):
                 done += os.pwritev(self.fd, [data[done:]], offset + done)
         except OSError as error:
             raise self._failed(f"write of {len(data)} bytes at offset {offset}", error) from error
+        self._writes += 1
         self.written_bytes += len(data)
 
     def zero(self, offset: int, length: int, alive: Alive) -> None:
         """Make `length` bytes at `offset` read back as zeroes; `alive` is called between long steps."""
         self.check("ZERO", offset, length)
-        self._writes += 1
         end = offset + length
         try:
             while offset < end:
@@ -123,6 +122,7 @@ class StandbyVolume:
                 alive()
         except OSError as error:
             raise self._failed(f"zero-out at offset {offset}", error) from error
+        self._writes += 1
         self.written_bytes += length
 
     def sync(self) -> None:
@@ -135,7 +135,9 @@ class StandbyVolume:
         """
         if self._broken is not None:
             raise RefusedError(self._broken, volume=self.name, reason="io_error")
-        writes = self._writes  # counted before a write begins: what this flush may miss is not counted as flushed
+        # A write counts when it is complete: one that is under way now, and that this flush may miss, counts later, and
+        # the next flush is not skipped. Counted at its begin, it would pass for flushed, and its SYNC be acknowledged.
+        writes = self._writes
         if writes == self._synced:
             return
         try:

@@ -375,6 +375,13 @@ class Session:
             self._expected.append((answer, digests))
         self.send(type_, **fields)  # type: ignore[arg-type]
 
+    @property
+    def unanswered(self) -> bool:
+        """Whether an answer is under way, or has come and was not taken: answers are told apart by their order alone,
+        so whoever asked next would take it for one of its own."""
+        with self._cond:
+            return bool(self._expected or self._answers)
+
     def answer(self) -> bytes:
         """The payload of the answer to the oldest request."""
         with self._cond:
