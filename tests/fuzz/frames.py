@@ -146,7 +146,11 @@ class Fuzzer:
         reader = FrameReader(frames.FROM_SENDER, epoch=EPOCH, buffer=self._buffer)
         link: Any = _Link()
         acks: Any = _Acks()
-        session = sessions.Session(link, self._volumes, acks, lambda name: None, self._unpacker)
+        session: sessions.Writes
+        if self.random.random() < 0.25:
+            session = sessions.Member(link, self._volumes, self._unpacker)
+        else:
+            session = sessions.Session(link, self._volumes, acks, lambda name: None, self._unpacker)
         session.begin()
         try:
             for frame in reader.feed(stream):

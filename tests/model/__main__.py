@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """``make test-model``: the protocol in small scope, exhaustively, and the same with one rule broken at a time.
 
-spin makes a program of protocol.pml, which visits every state that can be reached. Without a mutant none may break the
-invariant; with each mutant one must, or the rule that it breaks is not needed, or not modelled.
+spin makes a program of protocol.pml, and one of streams.pml for sessions of several streams, which visit every state
+that can be reached. Without a mutant none may break the invariant; with each mutant one must, or the rule
+that it breaks is not needed, or not modelled.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MODEL = Path(__file__).with_name("protocol.pml")
+STREAMS = Path(__file__).with_name("streams.pml")
 MUTANTS = {
     "MARK_AT_QUEUE_TIME": "a write is recorded when it is queued",
     "DROP_THE_OVERFLOW": "a record is dropped when the log is full",
@@ -30,12 +32,22 @@ MUTANTS = {
     "BELIEVE_THE_MAP_AFTER_A_CRASH": "a crash of the source does not make the volume suspect",
     "SKIP_THE_BARRIER": "a drain does not wait for what is still in the log",
 }
+STREAM_MUTANTS = {
+    "SYNC_BEFORE_MARKED": "a SYNC does not wait until the other streams are written",
+    "EACH_STREAM_FLUSHES": "each stream's receiver flushes and acknowledges for itself",
+    "FENCE_THE_FIRST_STREAM_ONLY": "a new session does not wait for older receivers of further streams",
+    "CLAIM_A_CLAIMED_BLOCK": "a block may be claimed again, for another stream, while it is under way",
+}
 PROBES = {
     "PROBE_A_DRAIN_AFTER_ALL_FAULTS": "(none; a drain in the last session, after every write and fault)",
     "PROBE_AN_ACKNOWLEDGEMENT_AFTER_A_WRITE": "(none; an answer for a block that was written meanwhile)",
 }
+STREAM_PROBES = {
+    "PROBE_BOTH_STREAMS_ACKNOWLEDGED_LATE": "(none; blocks of both streams acknowledged, after every fault)",
+}
 """States that a model which proves something must reach: an assertion says that they cannot be, and must fail."""
 BOUNDS = {"WRITES": 2, "SESSIONS": 3, "FAULTS": 2}
+STREAM_BOUNDS = {"WRITES": 4, "SESSIONS": 3, "FAULTS": 3}
 MAX_MEMORY_MIB = 4096
 MAX_DEPTH = 2_000_000
 
@@ -53,11 +65,11 @@ class Outcome:
     seconds: float
 
 
-def check(mutant: str | None, bounds: dict[str, int]) -> Outcome:
+def check(mutant: str | None, bounds: dict[str, int], model: Path = MODEL) -> Outcome:
     """Search all states.
 
     Args:
-        mutant: a name of MUTANTS, or None. bounds: see BOUNDS.
+        mutant: a name of MUTANTS, or None. bounds: see BOUNDS. model: the file.
 
     Raises:
         ModelError: the search is not complete, which proves nothing.
@@ -71,7 +83,7 @@ def check(mutant: str | None, bounds: dict[str, int]) -> Outcome:
                 raise ModelError(f"{argv[0]}: {done.stdout}{done.stderr}")
             return done.stdout
 
-        run("spin", *defines, "-a", str(MODEL))
+        run("spin", *defines, "-a", str(model))
         # No deadlock check (-DSAFETY keeps assertions): a finished handover may rest.
         run("gcc", "-O2", "-w", f"-DMEMLIM={MAX_MEMORY_MIB}", "-DSAFETY", "-DCOLLAPSE", "-o", "pan", "pan.c")
         began = time.monotonic()
@@ -94,18 +106,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python3 -m tests.model", description=__doc__)
     for name, value in BOUNDS.items():
         parser.add_argument(f"--{name.lower()}", type=int, default=value, help=f"in the whole run ({value})")
-    parser.add_argument("--only", action="append", choices=sorted(MUTANTS), help="this mutant, and the clean model")
+    everything = sorted({**MUTANTS, **STREAM_MUTANTS})
+    parser.add_argument("--only", action="append", choices=everything, help="this mutant, and the clean models")
     arguments = parser.parse_args()
     bounds = {name: getattr(arguments, name.lower()) for name in BOUNDS}
+    streams = {name: value + bounds[name] - BOUNDS[name] for name, value in STREAM_BOUNDS.items()}
     survivors = []
-    print(f"{'broken rule':66} | states visited | seconds | verdict", flush=True)
-    for mutant in [None, *PROBES, *(arguments.only or MUTANTS)]:
-        outcome = check(mutant, bounds)
-        if outcome.holds == (mutant is not None):
-            survivors.append(mutant or "the clean model")
-        verdict = "holds" if outcome.holds else "reached" if mutant in PROBES else "broken"
-        what = {**MUTANTS, **PROBES}[mutant] if mutant else "(none)"
-        print(f"{what:66} | {outcome.states:14,} | {outcome.seconds:7.1f} | {verdict}", flush=True)
+    for model, mutants, probes, limits in (
+        (MODEL, MUTANTS, PROBES, bounds),
+        (STREAMS, STREAM_MUTANTS, STREAM_PROBES, streams),
+    ):
+        print(f"{model.name + ': broken rule':76} | states visited | seconds | verdict", flush=True)
+        for mutant in [None, *probes, *(name for name in mutants if not arguments.only or name in arguments.only)]:
+            outcome = check(mutant, limits, model)
+            if outcome.holds == (mutant is not None):
+                survivors.append(mutant or f"the clean {model.name}")
+            verdict = "holds" if outcome.holds else "reached" if mutant in probes else "broken"
+            what = {**mutants, **probes}[mutant] if mutant else "(none)"
+            print(f"{what:76} | {outcome.states:14,} | {outcome.seconds:7.1f} | {verdict}", flush=True)
     if survivors:
         print(f"not as it must be: {', '.join(survivors)}", file=sys.stderr)
     return 1 if survivors else 0

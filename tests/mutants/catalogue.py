@@ -77,4 +77,14 @@ MUTANTS = (
         f"{LOSSES}::test_old_bytes_never_land_on_newer_ones",
         r"AssertionError: old bytes landed on newer ones that were acknowledged",
     ),
+    Mutant(
+        "sync-before-marked",
+        "tests/unit/test_ship_streams.py::test_what_a_stream_has_not_written_is_not_acknowledged",
+        r"AssertionError: acknowledged and never written: \[\d",
+    ),
+    Mutant(
+        "count-a-write-at-its-begin",
+        "tests/unit/test_receive_volumes.py::test_a_write_under_way_in_a_flush_is_flushed_by_the_next[write]",
+        r"AssertionError: acknowledged without a flush",
+    ),
 )

@@ -472,3 +472,99 @@ def test_unknown_operations_and_workloads_are_refused_by_name(host: StandbyHost)
             host.call(op, **fields)
         assert caught.value.exit_code == 2
     assert GENERATION.number == 1
+
+
+# -- sessions of several streams ---------------------------------------------------------------------
+
+
+def join(first: Sender) -> greeting.Join:
+    assert first.welcome is not None
+    return greeting.Join(first.welcome.epoch, first.welcome.session_id)
+
+
+def stopped(sender: Sender) -> None:
+    sender.process.send_signal(signal.SIGSTOP)
+    stat = Path(f"/proc/{sender.process.pid}/stat")
+    wait(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "the stop")
+
+
+def test_who_may_not_join_a_session(host: StandbyHost) -> None:
+    """Another id, another epoch, an ended session; and nobody is killed for having been asked."""
+    first = host.session(streams=3)
+    further = host.session(join=join(first))
+    right = join(first)
+    for wrong in (greeting.Join(right.epoch, "9" * 32), greeting.Join(right.epoch + 1, right.session_id)):
+        assert refused(host, join=wrong) == "session_over"
+    assert sorted(host.status()["receivers"]) == sorted([first.process.pid, further.process.pid])
+    acknowledged(first, 1)
+    newer = host.session(last_session=first.last_session(1))
+    assert refused(host, join=right) == "session_over"
+    acknowledged(newer, 1)
+    newer.send(FrameType.BYE)
+    assert newer.ended() == 0
+    wait(lambda: not host.status()["receivers"], "the end of the session")
+    assert refused(host, join=join(newer)) == "session_over"
+
+
+def test_a_session_has_a_bounded_number_of_streams(host: StandbyHost) -> None:
+    first = host.session(streams=greeting.MAX_STREAMS)
+    for _ in range(greeting.MAX_STREAMS - 1):
+        host.session(join=join(first))
+    assert refused(host, join=join(first)) == "too_many_streams"
+    acknowledged(first, 1)
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_the_end_of_one_receiver_is_the_end_of_its_session(host: StandbyHost, victim: int) -> None:
+    first = host.session(streams=3)
+    all_three = [first, host.session(join=join(first)), host.session(join=join(first))]
+    all_three[victim].process.kill()
+    for sender in all_three:
+        assert sender.ended() == -signal.SIGKILL
+    wait(lambda: not host.status()["session_open"], "the note of the end")
+    again = host.session(last_session=first.last_session(0))
+    assert again.welcome is not None and again.welcome.volumes[0].suspect is None
+
+
+@pytest.mark.parametrize("how", ["session", "fence", "hold"])
+def test_an_old_further_stream_is_dead_before_anything_newer_begins(host: StandbyHost, how: str) -> None:
+    """Its pipe holds bytes: they must not land after a newer session's, after a fence, or after a crash of hold."""
+    first = host.session(streams=2)
+    acknowledged(first, 1)
+    further = host.session(join=join(first))
+    stopped(further)
+    for block in range(8):
+        further.send(FrameType.DATA, offset=block * 4096, payload=b"old!" * 1024)
+    if how == "fence":
+        with host.client() as fencer:
+            fencer.call("fence", workload="wl")
+            assert further.process.poll() == -signal.SIGKILL
+            assert refused(host, join=join(first)) == "sealed"
+    else:
+        if how == "hold":
+            host.kill_hold()
+            host.start()
+        new = host.session(last_session=first.last_session(1))
+        assert further.process.poll() == -signal.SIGKILL
+        new.send(FrameType.DATA, offset=0, payload=b"new!" * 8192)
+        acknowledged(new, 1)
+        assert content(host, 0, 32768) == b"new!" * 8192
+    assert b"old!" not in content(host, 0, 32768)
+
+
+def test_a_receiver_that_joined_and_was_not_told_is_killed_by_the_next_hold(tmp_path: Path) -> None:
+    """hold dies between the file entry and the answer."""
+    host = StandbyHost(tmp_path)
+    try:
+        host.start(BMIGRATE_FAULTS="hold.joined=kill")
+        first = host.session(streams=2)
+        further = host.sender()
+        frame = further.hello(host, join=join(first))
+        assert frame.type is FrameType.ERROR and greeting.decode_error(frame.payload)["code"] == "unreachable"
+        host.manager.pump()
+        host.start()
+        again = host.session(last_session=first.last_session(0))
+        assert again.welcome is not None and again.welcome.epoch == 2
+        assert first.ended() in (4, -signal.SIGKILL)
+    finally:
+        host.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.model.__main__ import MUTANTS, PROBES, check
+from tests.model.__main__ import MUTANTS, PROBES, STREAM_MUTANTS, STREAM_PROBES, STREAMS, check
 
 SMALL = {"WRITES": 2, "SESSIONS": 2, "FAULTS": 1}
 
@@ -18,3 +18,15 @@ def test_the_invariant_holds_in_every_state() -> None:
 @pytest.mark.parametrize("name", [*PROBES, *MUTANTS])
 def test_what_must_be_found_is_found(name: str) -> None:
     assert not check(name, SMALL).holds, f"{name}: {({**MUTANTS, **PROBES})[name]}"
+
+
+def test_the_invariant_holds_with_several_streams() -> None:
+    outcome = check(None, {**SMALL, "FAULTS": 2}, STREAMS)
+    assert outcome.holds and outcome.states > 10_000
+
+
+@pytest.mark.parametrize("name", [*STREAM_PROBES, *STREAM_MUTANTS])
+def test_what_must_be_found_with_several_streams_is_found(name: str) -> None:
+    assert not check(name, {**SMALL, "FAULTS": 2}, STREAMS).holds, (
+        f"{name}: {({**STREAM_MUTANTS, **STREAM_PROBES})[name]}"
+    )

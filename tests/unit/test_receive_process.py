@@ -368,7 +368,7 @@ def test_a_sender_that_takes_no_answer_costs_no_memory(host: StandbyHost) -> Non
     def resident() -> int:
         return int(Path(f"/proc/{sender.process.pid}/statm").read_text().split()[1]) * mmap.PAGESIZE
 
-    ask = {"offset": 0, "aux": MIB, "payload": frames.encode_chunk(4096)}
+    ask: dict[str, Any] = {"offset": 0, "aux": MIB, "payload": frames.encode_chunk(4096)}
     before, refused, sent = resident(), 0, 0
     rest = b""
     while refused < 100 and sent < 40_000:
@@ -397,3 +397,71 @@ def test_fault_points_corrupt_what_lands_and_a_reread_shows_it(host: StandbyHost
     frame = sender.receive()
     assert frame is not None and bytes(frame.payload) != hashlib.blake2b(data, digest_size=32).digest()
     wait(lambda: content(host)[:4096] != data, "the damage on the device")
+
+
+def joined(host: StandbyHost, first: Sender, **changes: Any) -> Sender:
+    """A further stream of an open session."""
+    assert first.welcome is not None
+    return host.session(join=greeting.Join(first.welcome.epoch, first.welcome.session_id), **changes)
+
+
+def marked(sender: Sender, number: int) -> None:
+    sender.send(FrameType.MARK, aux=number)
+    frame = sender.receive()
+    assert frame is not None and (frame.type, frame.aux) == (FrameType.MARKED, number)
+
+
+def test_a_further_stream_writes_and_the_first_flushes_for_it(host: StandbyHost) -> None:
+    """The flush is the first one's, and it is made although nothing came to the first itself: here it fails."""
+    host.environment["BMIGRATE_FAULTS"] = "receive.fdatasync=error:5@1"
+    try:
+        first = host.session(streams=2)
+    finally:
+        del host.environment["BMIGRATE_FAULTS"]
+    assert first.welcome is not None and first.welcome.streams == 2
+    further = joined(host, first)
+    assert further.welcome is not None and further.welcome.epoch == first.welcome.epoch
+    data = os.urandom(64 * 1024)
+    further.send(FrameType.DATA, offset=2 * MIB, payload=data)
+    marked(further, 1)
+    assert content(host)[2 * MIB :][: len(data)] == data, "MARKED before it was written"
+    first.send(FrameType.SYNC, aux=1)
+    frame = first.receive()
+    assert frame is not None and frame.type is FrameType.ACK, "volume 0 was not named: nothing to flush"
+    first.send(FrameType.SYNC, aux=2, offset=1)
+    ends_with(first, "io_error")
+    assert further.ended() == -9, "one stream has ended, so all of them do"
+
+
+@pytest.mark.parametrize(
+    ("type_", "fields"),
+    [
+        (FrameType.SYNC, {"aux": 1}),
+        (FrameType.HASH, {"aux": 4096, "payload": frames.encode_chunk(4096)}),
+        (FrameType.REREAD, {"payload": frames.encode_extents([(0, 512)])}),
+        (FrameType.RESYNC_DONE, {}),
+    ],
+)
+def test_a_further_stream_takes_nothing_but_writes(host: StandbyHost, type_: FrameType, fields: dict[str, Any]) -> None:
+    """What flushes, acknowledges or answers belongs to the first stream, in its order."""
+    further = joined(host, host.session(streams=2))
+    further.send(type_, **fields)
+    ends_with(further, "bad_type")
+
+
+def test_marks_ascend_and_are_for_further_streams(host: StandbyHost) -> None:
+    first = host.session(streams=2)
+    further = joined(host, first)
+    marked(further, 3)
+    marked(further, 7)
+    further.send(FrameType.MARK, aux=7)
+    ends_with(further, "bad_sequence")
+    alone = host.session(last_session=first.last_session(0))
+    alone.send(FrameType.MARK, aux=1)
+    ends_with(alone, "bad_type")
+
+
+def test_a_sync_for_volumes_that_are_not_there(host: StandbyHost) -> None:
+    sender = host.session()
+    sender.send(FrameType.SYNC, aux=1, offset=2)
+    ends_with(sender, "unknown_volume")

@@ -81,6 +81,14 @@ class MarksMachine(RuleBasedStateMachine):
 TestMarks = MarksMachine.TestCase
 
 
+def _all_gone(pids: list[int]) -> None:
+    wait(lambda: not any(_alive(pid) for pid in pids), "the end of all receivers")
+
+
+def _epoch_after(engine: Engine, epoch: int) -> None:
+    wait(lambda: (engine.record.session or {}).get("epoch", 0) > epoch, "another epoch")
+
+
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[tuple[int, str]]:
     """Frames by stream and type; small claims, so that a small volume is worth several streams."""
@@ -166,8 +174,8 @@ def test_the_end_of_one_stream_ends_the_session(world: World, stream: int) -> No
         pids = _receivers(engine)
         epoch = (engine.record.session or {}).get("epoch", 0)
         os.kill(pids[stream], signal.SIGKILL)
-        wait(lambda: not any(_alive(pid) for pid in pids), "the end of all receivers")
-        wait(lambda: (engine.record.session or {}).get("epoch", 0) > epoch, "another epoch")
+        _all_gone(pids)
+        _epoch_after(engine, epoch)
         world.stop_writer()
         world.check_invariant()
         world.start_writer(0.0005)

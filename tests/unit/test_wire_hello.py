@@ -73,6 +73,11 @@ def put(fields: dict[str, Any], path: tuple[Any, ...], value: Any) -> bytes:
         (("surprise",), 1, "surprise"),
         (("volumes", 0, "surprise"), 1, "surprise"),
         (("boot_id",), "/dev/sda", "boot_id"),
+        (("streams",), 0, "streams"),
+        (("streams",), greeting.MAX_STREAMS + 1, "streams"),
+        (("join",), {"epoch": 1}, "session_id"),
+        (("join",), {"epoch": 0, "session_id": "d" * 32}, "epoch"),
+        (("join",), {"epoch": 1, "session_id": "d" * 32, "surprise": 1}, "surprise"),
     ],
 )
 def test_a_wrong_field_is_named(path: tuple[Any, ...], value: Any, named: str) -> None:
@@ -80,7 +85,7 @@ def test_a_wrong_field_is_named(path: tuple[Any, ...], value: Any, named: str) -
         greeting.decode_hello(put(HELLO.to_dict(), path, value))
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", True, 1.5, 1001, [2]])
+@pytest.mark.parametrize("version", [0, frames.VERSION + 1, "1", True, 1.5, 1001, [2]])
 def test_another_version_is_told_apart_from_damage(version: Any) -> None:
     with pytest.raises(VersionError, match="version"):
         greeting.decode_hello(json.dumps({**HELLO.to_dict(), "v": version, "v_min": version}).encode())
@@ -146,3 +151,15 @@ def test_only_a_newer_peer_may_say_more_than_is_known() -> None:
     assert newer.version == frames.VERSION and newer.volumes == HELLO.volumes
     with pytest.raises(HelloError, match="host"):
         greeting.decode_hello({**more, "v": frames.VERSION + 1, "host": 5})
+
+
+def test_streams_and_joining_are_for_those_who_know_them() -> None:
+    """Version 2 has neither: nothing is said of them to such a peer, and it cannot join."""
+    joining = Hello(**{**vars(HELLO), "streams": 4, "join": greeting.Join(7, "9" * 32)})
+    assert greeting.decode_hello(greeting.encode(joining)) == joining
+    with pytest.raises(HelloError, match="join"):
+        greeting.decode_hello({**joining.to_dict(), "v": 2, "v_min": 1})
+    granted = greeting.Welcome(**{**vars(WELCOME), "streams": 4})
+    assert greeting.decode_welcome(greeting.encode(granted)).streams == 4
+    assert "streams" not in greeting.Welcome(**{**vars(WELCOME), "v": 2}).to_dict()
+    assert "compression" not in greeting.Welcome(**{**vars(WELCOME), "v": 1}).to_dict()

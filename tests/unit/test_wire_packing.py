@@ -179,7 +179,7 @@ def test_a_standby_without_the_library_is_shipped_to_plainly(tmp_path: Path, mon
         world.config = dataclasses.replace(world.config, compression="zstd")
         engine = world.engine()
         world.until(engine, "in_step")
-        assert engine.session is not None and engine.session.packer is None
+        assert engine.session is not None and engine.session.lanes[0].packer is None
         world.drain(engine)
         world.check_equal()
     finally:

@@ -185,6 +185,7 @@ def _shipping(out: _Families, name: str, ship: dict[str, Any]) -> None:
         "bmigrate_predicted_drain_seconds": ("How long a drain would take now.", "predicted_drain_seconds"),
         "bmigrate_bandwidth_limit_bytes_per_second": ("The limit, 0 for none.", "bandwidth_bytes_per_second"),
         "bmigrate_session_epoch": ("Epoch of the open session.", "epoch"),
+        "bmigrate_session_streams": ("Connections of the open session.", "streams"),
     }
     for metric, (text, key) in gauges.items():
         out.gauge(metric, text, ship.get(key), workload=name)

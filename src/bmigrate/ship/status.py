@@ -110,6 +110,7 @@ def entry(engine: Engine) -> dict[str, Any]:
         "bandwidth_source": "config" if engine.record.bandwidth is None else "operator",
         "peer": engine.config.peer.name,
         "epoch": session.epoch if session is not None else None,
+        "streams": len(session.lanes) if session is not None else 0,
         "passes": engine.trend.passes,
         "bytes_left": shown.left_bytes if shown is not None else None,
         "total_bytes": sum(item.size_bytes for item in shown.volumes.values()) if shown is not None else None,
