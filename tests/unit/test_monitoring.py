@@ -24,7 +24,7 @@ MONITORING = ROOT / "monitoring"
 
 SHIP: dict[str, Any] = {
     "workload": "db", "state": "catching_up", "reason": None, "limiter": "link", "bandwidth_bytes_per_second": 0,
-    "bandwidth_source": "config", "peer": "beta", "epoch": 7, "passes": 12, "bytes_left": 300 << 20,
+    "bandwidth_source": "config", "peer": "beta", "epoch": 7, "streams": 2, "passes": 12, "bytes_left": 300 << 20,
     "total_bytes": 1 << 30, "dirty_rate_bytes_per_second": 1e6, "ship_rate_bytes_per_second": 11e6,
     "predicted_drain_seconds": None, "lag_seconds": 4.5, "shipped_bytes_total": 5000, "zero_bytes_total": 0,
     "same_bytes_total": 0, "hashed_bytes_total": 0, "last_error": None, "progress": None, "volumes": [],
