@@ -10,8 +10,8 @@ A session may have several streams (lane.py). A claim travels whole on one of th
 flushes and acknowledges; what travelled on the others is known to be written before a SYNC leaves (marks.py).
 
 Threads: the caller's thread sends, with several streams one more for each; others may claim and read ahead of them
-(readahead.py); a reader for each stream takes frames in; an acknowledger writes the record and tells breqd; a syncer
-sends the SYNCs that had to wait for other streams. They meet in the window and the marks, under one lock, and in the
+(readahead.py); a reader for each stream takes frames in; an acknowledger writes the record and tells breqd; with
+several streams a syncer sends MARKs and SYNCs. They meet in the window and the marks, under one lock, and in the
 connection to breqd, under another.
 """
 
@@ -90,7 +90,7 @@ class Session:
         self._window = Window()
         self._marks = Marks()
         self._marked = False
-        self._syncing = threading.Lock()
+        self._due: list[tuple[int, set[int]]] = []
         self._cond = threading.Condition()
         self._failure: BmigrateError | None = None
         self._closing = False
@@ -188,7 +188,7 @@ class Session:
         for lane in self.lanes:
             self._start(f"reader-{lane.number}", functools.partial(self._read_frames, lane))
         if len(self.lanes) > 1:
-            self._start("syncer", self._send_waiting_syncs)
+            self._start("syncer", self._send_syncs)
 
     def _start(self, name: str, body: Callable[[], None]) -> None:
         thread = threading.Thread(target=body, name=f"{self.config.workload}-{name}", daemon=True)
@@ -296,44 +296,46 @@ class Session:
     def sync(self) -> int:
         """Ask for everything sent so far to be made durable; returns the number of the SYNC.
 
-        It leaves at once, or, after the MARKs that this sends, when the other streams' receivers have written
-        what they were sent.
+        With one stream it leaves at once; with several the syncer sends MARKs first.
         """
-        # Held over the sends: MARKs leave each stream in the order of their numbers.
-        with self._syncing:
-            with self._cond:
-                number = self._window.sync()
-                claims = self._window.last_batch
-                lanes = {claim.lane for claim in claims if claim.lane}
-                written = {claim.volume for claim in claims if claim.lane}
-                # A claim is in the window only when the last of its frames was written: the MARK comes after it.
+        with self._cond:
+            number = self._window.sync()
+            several = len(self.lanes) > 1
+            if several:
+                claims = [claim for claim in self._window.last_batch if claim.lane]
+                written = {claim.volume for claim in claims}
                 volumes = sum(1 << volume.index for volume in self.volumes if volume.name in written)
+                # A claim is in the window only when the last of its frames was written: a MARK comes after it.
+                lanes = {claim.lane for claim in claims}
                 self._marks.wait(number, lanes, volumes)
-            for lane in sorted(lanes):
-                self.check()
-                self.lanes[lane].send(FrameType.MARK, aux=number)
-            self._send_ready_sync()
+                self._due.append((number, lanes))
+                self._cond.notify_all()
+        if not several:
+            self.send(FrameType.SYNC, aux=number)
+            faults.point("ship.synced")
         return number
 
-    def _send_ready_sync(self) -> None:
-        """Send the newest SYNC that waits for no stream any more, if there is one; with ``_syncing`` held."""
-        with self._cond:
-            ready = self._marks.ready()
-        if ready is not None:
-            self.send(FrameType.SYNC, aux=ready.number, offset=ready.volumes)
-            faults.point("ship.synced")
+    def _send_syncs(self) -> None:
+        """The syncer: MARKs in the order of their numbers, and each SYNC that waits for no stream any more.
 
-    def _send_waiting_syncs(self) -> None:
-        """The syncer: whenever a stream has answered its MARK, see whether a SYNC waited for that alone."""
+        A thread of its own, because a stream that is full keeps it waiting, and must not keep the others.
+        """
         try:
             while True:
                 with self._cond:
-                    self._cond.wait_for(lambda: self._marked or self._failure is not None)
+                    self._cond.wait_for(lambda: self._due or self._marked or self._failure is not None)
                     if self._failure is not None:
                         return
-                    self._marked = False
-                with self._syncing:
-                    self._send_ready_sync()
+                    due, self._due, self._marked = self._due, [], False
+                for number, lanes in due:
+                    for lane in sorted(lanes):
+                        self.check()
+                        self.lanes[lane].send(FrameType.MARK, aux=number)
+                with self._cond:
+                    ready = self._marks.ready()
+                if ready is not None:
+                    self.send(FrameType.SYNC, aux=ready.number, offset=ready.volumes)
+                    faults.point("ship.synced")
         except BmigrateError as error:
             self.fail(error)
         except Exception as exc:
