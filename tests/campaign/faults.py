@@ -7,9 +7,11 @@ A fault happens under load, at a moment that comes from the seed. When it return
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import time
+from collections.abc import Iterator
 from typing import Callable, NamedTuple
 
 from lab import LabError, wait
@@ -303,13 +305,9 @@ FAULTS: tuple[Fault, ...] = (
 )
 
 
-def schedule(seed: int, count: int) -> list[Fault]:
-    """The first ``count`` faults of a seed: decks of all kinds, each shuffled; a longer one begins like a shorter."""
-    chosen: list[Fault] = []
-    deck_number = 0
-    while len(chosen) < count:
+def schedule(seed: int) -> Iterator[Fault]:
+    """The faults of a seed, without end: decks of all kinds, each shuffled."""
+    for number in itertools.count():
         deck = [fault for fault in FAULTS for _ in range(fault.weight)]
-        random.Random(f"{seed}/deck/{deck_number}").shuffle(deck)
-        chosen += deck
-        deck_number += 1
-    return chosen[:count]
+        random.Random(f"{seed}/deck/{number}").shuffle(deck)
+        yield from deck
