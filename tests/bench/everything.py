@@ -78,6 +78,8 @@ def _records(found: Any, command: str) -> list[Row]:
         share = [100 * value for value in cases[f"share_{volumes}"]["share_of_core"]]
         what = f"breqd: % of a core at 100,000 requests/s, {volumes} volume{'s' if volumes > 1 else ''}"
         rows.append(Row(what, share, "≤ 3", _most(share, 3), command))
+    beside = [(found["memory"]["resident_bytes"] - found["memory"]["maps_bytes"]) / MIB]
+    rows.append(Row("breqd: MiB resident beside the maps, 1 TiB", beside, "≤ 64", _most(beside, 64), command))
     return rows
 
 
@@ -97,6 +99,31 @@ def _shipping(what: str, target: float | None) -> Callable[[Any, str], list[Row]
         ]
 
     return rows
+
+
+def _streams(found: Any, command: str) -> list[Row]:
+    rows = []
+    for name, case in found.items():
+        delay = f"{1000 * case['delay_seconds']:.0f} ms of delay each way"
+        link = delay if case["delay_seconds"] else name
+        rate = [value / MIB for value in case["bytes_per_second"]["1"]]
+        rows.append(Row(f"seed with 1 stream, {link}: MiB/s", rate, "", None, command))
+        for count, ratios in case["ratios"].items():
+            judged = case["delay_seconds"] > 0  # with a core for each, they would help on the loopback too
+            held = statistics.median(ratios) > 1 if judged else None
+            rows.append(
+                Row(f"seed with {count} streams / with 1, {link}", ratios, "> 1" if judged else "", held, command)
+            )
+    return rows
+
+
+def _compression(found: Any, command: str) -> list[Row]:
+    random, text = found["random"]["ratios"], found["text"]["ratios"]
+    limit = found["text"]["limit_bytes_per_second"] // MIB
+    return [
+        Row("seed of random data, zstd / none, speed", random, "≥ 0.95", _least(random, 0.95), command),
+        Row(f"seed of text at {limit} MiB/s, zstd / none, speed", text, "> 1", statistics.median(text) > 1, command),
+    ]
 
 
 def _tools(found: Any, command: str) -> list[Row]:
@@ -170,6 +197,8 @@ BENCHMARKS = (
         ("--mib", "512", "--pairs", "3", "--extra", "transport: paramiko"),
         _shipping("seed of random data, transport paramiko", None),
     ),
+    Benchmark("compression", "tests.bench.compression", (), _compression),
+    Benchmark("streams", "tests.bench.streams", (), _streams),
     Benchmark("tools", "tests.bench.tools", (), _tools),
     Benchmark("drain", "tests.bench.drain", (), _drain),
     Benchmark("convergence", "tests.bench.convergence", ("--mib", "64", "--rounds", "2"), _convergence),

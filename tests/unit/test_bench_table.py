@@ -28,6 +28,33 @@ def test_rows_judge_by_the_median() -> None:
     assert drain.values == [0.4, 1.2, 1.4] and drain.holds is False
 
 
+def test_rows_of_compression_and_streams() -> None:
+    found = {
+        "random": {"ratios": [0.99, 0.9, 0.97]},
+        "text": {"ratios": [1.0, 1.0], "limit_bytes_per_second": 32 << 20},
+    }
+    random, text = everything._compression(found, "c")
+    assert random.holds and text.holds is False, "zstd that brings nothing was said to help"
+    assert "32 MiB/s" in text.what
+
+    def case(delay: float) -> dict[str, object]:
+        rates = {"1": [1 << 20] * 2, "2": [2 << 20] * 2, "4": [1 << 19] * 2}
+        return {"delay_seconds": delay, "bytes_per_second": rates, "ratios": {"2": [2.0, 2.0], "4": [0.5, 0.5]}}
+
+    rows = everything._streams({"loopback": case(0.0), "delay": case(0.02)}, "c")
+    assert [row.holds for row in rows] == [None, None, None, None, True, False]
+    assert "loopback" in rows[1].what and "20 ms" in rows[4].what
+
+
+def test_memory_beside_the_maps_has_a_row() -> None:
+    rates = {"records_per_second": [6e6], "blocks_per_second": [1e8], "share_of_core": [0.01]}
+    cases = dict.fromkeys(("uniform", "mix", "share_1", "share_256"), rates)
+    memory = {"resident_bytes": 300 << 20, "maps_bytes": 200 << 20}
+    rows = everything._records({"cases": cases, "amplification": [], "memory": memory}, "c")
+    (row,) = [row for row in rows if "resident" in row.what]
+    assert row.values == [100.0] and row.holds is False
+
+
 def test_the_page_keeps_its_words() -> None:
     before = f"# Title\n\nwords\n\n{BEGIN}\nold\n{END}\n\nmore\n"
     after = page(before, [Row("what", [1.0], "", None, "c")], ["python -m x"])
