@@ -37,6 +37,8 @@ from tests.mutants.catalogue import MUTANTS
 from tests.vm.rig import Rig
 
 ROOT = Path(__file__).resolve().parents[2]
+#: Of a session: whatever dies is one of several, and all that the others have under way must come to its end too.
+STREAMS = 3
 EPILOG = """\
 environment:
   CAMPAIGN_FAULTS  how many faults must happen (200)
@@ -107,7 +109,7 @@ class Campaign:
         if self.rig is None:
             self.lab.down()
             self.lab.up()
-            self.rig = Rig(self.lab)
+            self.rig = Rig(self.lab, STREAMS)
             self.rig.deploy()
         return self.rig
 
@@ -131,6 +133,12 @@ class Campaign:
             result.update(verdict="BROKEN", why=str(violation))
         except (LabError, AssertionError, OSError, subprocess.SubprocessError) as error:
             result.update(verdict="STUCK", why=f"{error}\n{traceback.format_exc(limit=-3)}")
+            try:
+                judge.nothing_false_is_said(stage)
+            except Violation as violation:
+                result.update(verdict="BROKEN", why=f"{violation}; before that: {result['why']}")
+            except (LabError, AssertionError, OSError, subprocess.SubprocessError) as unknown:
+                result["why"] += f"\nand what it says of itself could not be learnt: {unknown}"
         result.update(details=stage.details, seconds=round(time.monotonic() - began, 1))
         if result["verdict"] != "held":
             result["logs"] = self._logs()

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The campaign's book-keeping: what counts, what is left to do, and that a seed says the same every time."""
+"""What of the campaign needs no guests: what counts, what is left to do, whom a fault hits, the judge's third rule."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import random
 from typing import Any
 
 import pytest
 
 from tests.campaign import __main__ as program
-from tests.campaign import tally
+from tests.campaign import judge, tally
 from tests.campaign.faults import FAULTS, Fault, schedule
+from tests.vm import processes, rig
 
 
 def result(number: int, happened: bool = True, verdict: str = "held", **details: Any) -> tally.Result:
@@ -96,3 +98,72 @@ def test_kinds_that_there_are_none_of_are_refused(capsys: pytest.CaptureFixture[
     assert program.main(["--only", "power of the", "--faults", "4", "--list"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == 4 and all("power of the" in line for line in listed)
+
+
+def test_the_campaigns_sessions_have_several_streams() -> None:
+    given = {item["workload"]: item for item in rig.workloads(3)}
+    assert given[rig.WORKLOAD]["streams"] == 3 and "streams" not in given["pgdemo"]
+    assert set(given[rig.WORKLOAD]["hosts"]) == set(rig.HOSTS), "the hosts are a template that nobody fills in"
+
+
+class _Agent:
+    def __init__(self, processes: list[dict[str, Any]]) -> None:
+        self.processes = processes
+
+    def call(self, do: str) -> list[dict[str, Any]]:
+        assert do == "processes"
+        return self.processes
+
+
+def _process(pid: int, parent: int, name: str, *argv: str) -> dict[str, Any]:
+    return {"pid": pid, "parent": parent, "name": name, "argv": argv or (name,), "ticks": 1000 - pid, "state": "S"}
+
+
+def test_any_of_several_receivers_may_be_hit() -> None:
+    """And the sshd above the one that was chosen."""
+    everything = [_process(1, 0, "systemd"), _process(50, 1, "sshd")]
+    for stream in range(3):
+        everything += [
+            _process(100 + stream, 50, "sshd"),
+            _process(200 + stream, 100 + stream, "sh", "sh", "-c", "breceive"),
+            _process(300 + stream, 200 + stream, "python3", "/usr/bin/python3", "/usr/sbin/breceive"),
+        ]
+    fake: Any = type("Rig", (), {"agents": {"beta": _Agent(everything)}})()
+    chance = random.Random(3)
+    assert {processes.find(fake, "beta", "breceive", chance)["pid"] for _ in range(40)} == {300, 301, 302}
+    assert {processes.find(fake, "beta", "ssh-server", chance)["pid"] for _ in range(40)} == {100, 101, 102}
+    assert processes.find(fake, "beta", "breceive")["pid"] == 302, "not the oldest"
+    everything[:] = everything[:2]
+    assert processes.find(fake, "beta", "breceive", chance) == {} == processes.find(fake, "beta", "ssh-server")
+
+
+class _Blind:
+    """A stage whose hosts differ, with a shipper that says what it is told to."""
+
+    def __init__(self, *says: tuple[str, int]) -> None:
+        self.says, self.primary, self.details = list(says), "alpha", dict[str, Any]()
+        self.rig: Any = self
+        self.lab: Any = self
+
+    def marked_blocks(self, host: str) -> set[int]:
+        return {7}
+
+    def different_blocks(self) -> list[int]:
+        return [7]
+
+    def flush(self, host: str, disk: int) -> None:
+        pass
+
+    def status_of_session(self) -> dict[str, Any]:
+        state, left = self.says.pop(0) if len(self.says) > 1 else self.says[0]
+        return {"state": state, "bytes_left": left}
+
+
+def test_in_step_may_not_be_said_while_blocks_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for longer than it takes to notice that the peer is gone."""
+    monkeypatch.setattr(judge, "NOTICED_SECONDS", 0.05)
+    monkeypatch.setattr(judge, "LOOK_SECONDS", 0.01)
+    for honest in (_Blind(("in_step", 4096)), _Blind(("disconnected", 0)), _Blind(("in_step", 0), ("disconnected", 0))):
+        judge.nothing_is_missing(honest)  # type: ignore[arg-type]
+    with pytest.raises(judge.Violation, match="in step with nothing left"):
+        judge.nothing_is_missing(_Blind(("in_step", 0)))  # type: ignore[arg-type]
