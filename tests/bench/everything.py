@@ -145,16 +145,17 @@ def _drain(found: Any, command: str) -> list[Row]:
 def _convergence(found: Any, command: str) -> list[Row]:
     rows = []
     for ratio in sorted({item["ratio_wanted"] for item in found}):
-        shipped = [item["shipped_volumes"] / item["model_volumes"] for item in found if item["ratio_wanted"] == ratio]
-        rows.append(
-            Row(
-                f"shipped / model, writes at {ratio:.2f} of the ship rate",
-                shipped,
-                "≤ 1.1",
-                _most(shipped, 1.1),
-                command,
-            )
-        )
+        mine = [item for item in found if item["ratio_wanted"] == ratio]
+        shipped = [item["shipped_volumes"] / item["model_volumes"] for item in mine]
+        walked = [item["shipped_volumes"] / item["walk_volumes"] for item in mine]
+        left = [item["residual_bytes"] / item["model_residual_bytes"] for item in mine]
+        of = f"writes at {ratio:.2f} of the ship rate"
+        expected = mine[0]["model_residual_bytes"] / 1024
+        rows += [
+            Row(f"shipped / model, {of}", shipped, "≤ 1.1", _most(shipped, 1.1), command),
+            Row(f"shipped / walk, {of}", walked, "", None, command),
+            Row(f"left for the drain / model ({expected:,.0f} KiB), {of}", left, "", None, command),
+        ]
     return rows
 
 
@@ -269,14 +270,17 @@ def pictures(found: dict[str, Any]) -> dict[str, str]:
             "Against the bare run of the same session", [Panel("ratio", bars, top, 1.0, "as fast")]
         )
     if "convergence" in found:
-        drawn: dict[str, Curve] = {}
-        for item in found["convergence"]:
-            label = f"writes at {item['ratio_wanted']:.2f} of the ship rate"
-            # One run of each ratio: the later ones look the same.
-            points = [(at, left / MIB) for at, _, left in item["curve"]]
-            drawn.setdefault(label, Curve(label, points))
+        # One run of each ratio: the later ones look the same.
+        first = {item["ratio_wanted"]: item for item in reversed(found["convergence"])}
+        drawn = []
+        for ratio in sorted(first):
+            points = [(at, left / MIB) for at, _, left in first[ratio]["curve"]]
+            drawn.append(Curve(f"writes at {ratio:.2f} of the ship rate", points))
+        for number, ratio in enumerate(sorted(first)):
+            points = [(at, left / MIB) for at, left in first[ratio]["model_curve"]]
+            drawn.append(Curve("", points, model_of=number))
         title = "What is left while passes go on under writes"
-        made["convergence.svg"] = curves(title, "seconds", "MiB left", list(drawn.values()))
+        made["convergence.svg"] = curves(title, "seconds", "MiB left", drawn)
     return made
 
 

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import itertools
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from tests.bench import everything
+from tests.bench import convergence, everything
 from tests.bench.everything import BEGIN, END, Row, lines, page
 from tests.bench.figures import Curve, curves
 
@@ -75,6 +76,37 @@ def test_curves_are_well_formed_and_inside() -> None:
             assert 70 <= x <= 630 and 50 <= y <= 310
     with pytest.raises(ValueError):
         curves("", "", "", [])
+
+
+def test_a_model_is_drawn_like_its_curve() -> None:
+    text = curves(
+        "t", "s", "m", [Curve("one", [(0, 3), (2, 1)]), Curve("two", [(1, 1)]), Curve("", [(0, 3)], model_of=1)]
+    )
+    root = ElementTree.fromstring(text.encode())
+    one, two, model = [item.attrib for item in root.iter() if item.tag.endswith("polyline")]
+    assert model["stroke"] == two["stroke"] != one["stroke"]
+    assert "stroke-dasharray" in model and "stroke-dasharray" not in two
+    assert text.count("dashed: the model") == 1
+    assert "dashed" not in curves("t", "s", "m", [Curve("one", [(0, 3)])])
+
+
+def test_the_models_curve_is_that_of_the_model() -> None:
+    for ratio in convergence.RATIOS:
+        points = convergence.model_curve(ratio, 4)
+        assert points[0] == (0.0, 1.0) and points[-1] == pytest.approx(convergence.model(ratio, 4))
+        assert points[16] == pytest.approx(convergence.model(ratio, 1))
+        assert all(later[0] > one[0] for one, later in itertools.pairwise(points))
+
+
+def test_rows_of_convergence() -> None:
+    item = {
+        "ratio_wanted": 0.5, "shipped_volumes": 1.8, "model_volumes": 1.5, "walk_volumes": 2.0, "residual_bytes": 3072,
+        "model_residual_bytes": 2048.0, "curve": [[0.0, 0, 5]], "model_curve": [[0.0, 5], [1.0, 1]],
+    }  # fmt: skip
+    model, walk, left = everything._convergence([item], "c")
+    assert (model.values, model.holds) == ([1.2], False) and walk.values == [0.9] and left.values == [1.5]
+    assert "(2 KiB)" in left.what
+    assert everything.pictures({"convergence": [item, item]})["convergence.svg"].count("<polyline") == 2
 
 
 def test_the_repositorys_page_has_the_place() -> None:
