@@ -130,6 +130,7 @@ def _tools(found: Any, command: str) -> list[Row]:
     return [
         Row("rsync --whole-file --inplace / seed, times", found["ratios"]["seed"], "", None, command),
         Row("rsync by checksums / resync, 1 % differs, times", found["ratios"]["resync"], "", None, command),
+        Row("rdiff, three steps / resync, 1 % differs, times", found["ratios"]["rdiff"], "", None, command),
     ]
 
 
