@@ -180,6 +180,7 @@ def _pacing(found: Any, command: str) -> list[Row]:
         Row("throttled disk: foreground beside the seed / alone", ours, "≥ 0.95", _least(ours, 0.95), command),
         Row("throttled disk: seed / what the foreground leaves", share, "≥ 0.7", _least(share, 0.7), command),
         Row("throttled disk: mean time of a write / alone", found["latency_ratios"], "", None, command),
+        Row("throttled disk: time until 99 % of the writes are done / alone", found["p99_ratios"], "", None, command),
     ]
 
 
@@ -246,6 +247,23 @@ def lines(rows: Sequence[Row]) -> str:
     return table(["", "median", "spread", "rounds", "wanted", "held"], cells)
 
 
+def notes(found: dict[str, Any]) -> list[str]:
+    """What the numbers are of and no row can say, below the table."""
+    made = []
+    if "pacing" in found:
+        of = found["pacing"]
+        offered, chosen = of["scheduler"], re.search(r"\[(.*?)\]", of["scheduler"])
+        name = f"`{chosen[1]}` (of {offered})" if chosen else f"`{offered}`"
+        rate = of["capacity_bytes_per_second"] / MIB
+        made.append(f"Throttled disk: I/O scheduler {name}; QEMU holds the disk to {rate:.0f} MiB/s.")
+        writes = {name: [1000 * run["mean_seconds"] for run in of["runs"][name]] for name in ("bare", "shipped")}
+        made.append(
+            f"A write of 16 KiB there takes {statistics.median(writes['bare']):.1f} ms alone and "
+            f"{statistics.median(writes['shipped']):.1f} ms beside the seed, by the mean of each round."
+        )
+    return made
+
+
 def pictures(found: dict[str, Any]) -> dict[str, str]:
     """File name -> SVG, of what was measured."""
     made = {}
@@ -285,7 +303,7 @@ def pictures(found: dict[str, Any]) -> dict[str, str]:
     return made
 
 
-def page(text: str, rows: Sequence[Row], commands: Sequence[str]) -> str:
+def page(text: str, rows: Sequence[Row], commands: Sequence[str], below: Sequence[str] = ()) -> str:
     """docs/performance.md with another table in it.
 
     Raises:
@@ -301,7 +319,9 @@ def page(text: str, rows: Sequence[Row], commands: Sequence[str]) -> str:
         "",
     )
     of = f"Commit {commit}; {os.cpu_count()} cores, {model}; guests emulated (TCG)."
-    body = f"{BEGIN}\n{of}\n\n{lines(rows)}\n\nMade by:\n\n" + "".join(f"    {command}\n" for command in commands) + END
+    said = "".join(f"{line}\n\n" for line in below)
+    made_by = "".join(f"    {command}\n" for command in commands)
+    body = f"{BEGIN}\n{of}\n\n{lines(rows)}\n\n{said}Made by:\n\n{made_by}{END}"
     return re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: body, text, flags=re.DOTALL)
 
 
@@ -326,13 +346,15 @@ def main() -> int:
         rows += benchmark.rows(found[benchmark.name], benchmark.command)
         commands.append(benchmark.command)
     print(lines(rows))
+    for line in notes(found):
+        print(line)
     drawn = pictures(found)
     where = PAGE.parent if options.write else RESULTS
     for name, text in drawn.items():
         (where / name).write_text(text)
         print(f"drawn: {where.relative_to(ROOT) / name}", file=sys.stderr)
     if options.write:
-        PAGE.write_text(page(PAGE.read_text(), rows, commands))
+        PAGE.write_text(page(PAGE.read_text(), rows, commands, notes(found)))
     return 1 if any(row.holds is False for row in rows) else 0
 
 

@@ -104,6 +104,7 @@ def measure(rig: Rig, rounds: int, seconds: int) -> dict[str, Any]:
         "foreground_ratios": [with_["bytes_per_second"] / bare["bytes_per_second"] for with_, bare in pairs],
         "seed_shares": [one["ship_bytes_per_second"] / (CAPACITY - bare["bytes_per_second"]) for one, bare in pairs],
         "latency_ratios": [with_["mean_seconds"] / bare["mean_seconds"] for with_, bare in pairs],
+        "p99_ratios": [with_["p99_seconds"] / bare["p99_seconds"] for with_, bare in pairs],
     }
 
 
@@ -138,6 +139,7 @@ def main() -> int:
     print(f"foreground beside the seed / alone: {spread(result['foreground_ratios'])}")
     print(f"seed / what the foreground leaves of the disk: {spread(result['seed_shares'])}")
     print(f"mean time of a write beside the seed / alone: {spread(result['latency_ratios'])}")
+    print(f"99 % of the writes done, beside the seed / alone: {spread(result['p99_ratios'])}")
     print(f"scheduler: {result['scheduler']}")
     return 0
 

@@ -109,6 +109,17 @@ def test_rows_of_convergence() -> None:
     assert everything.pictures({"convergence": [item, item]})["convergence.svg"].count("<polyline") == 2
 
 
+def test_the_scheduler_stands_below_the_table() -> None:
+    runs = {"bare": [{"mean_seconds": 0.002}], "shipped": [{"mean_seconds": 0.004}, {"mean_seconds": 0.006}]}
+    pacing = {"scheduler": "none [mq-deadline]", "capacity_bytes_per_second": 4 << 20, "runs": runs}
+    scheduler, times = everything.notes({"pacing": pacing})
+    assert "`mq-deadline`" in scheduler and "4 MiB/s" in scheduler
+    assert "2.0 ms alone" in times and "5.0 ms beside" in times
+    assert everything.notes({}) == []
+    after = page(f"{BEGIN}\n{END}", [Row("what", [1.0], "", None, "c")], ["c"], [scheduler])
+    assert f"{scheduler}\n\nMade by:" in after
+
+
 def test_the_repositorys_page_has_the_place() -> None:
     text = everything.PAGE.read_text()
     assert text.count(BEGIN) == text.count(END) == 1
