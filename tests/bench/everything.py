@@ -3,7 +3,8 @@
 
 Each benchmark runs as a process of its own, so that none is measured in the memory of another; what it said is kept in
 build/bench. With --write the table goes into docs/performance.md, and the plots beside it, with the commit and the
-machine that they are of.
+machine that they are of. Promises: all benchmarks are in a table that is written; what was not measured now comes from
+build/bench, and if one is missing or has failed, nothing is written and its name is said.
 """
 
 from __future__ import annotations
@@ -176,11 +177,13 @@ def _resync(found: Any, command: str) -> list[Row]:
 
 def _pacing(found: Any, command: str) -> list[Row]:
     ours, share = found["foreground_ratios"], found["seed_shares"]
+    barriers = [1000 * value for value in found["barrier_seconds"]]
     return [
         Row("throttled disk: foreground beside the seed / alone", ours, "≥ 0.95", _least(ours, 0.95), command),
         Row("throttled disk: seed / what the foreground leaves", share, "≥ 0.7", _least(share, 0.7), command),
         Row("throttled disk: mean time of a write / alone", found["latency_ratios"], "", None, command),
         Row("throttled disk: time until 99 % of the writes are done / alone", found["p99_ratios"], "", None, command),
+        Row("drain on emulated guests: its barriers, ms", barriers, "", None, command),
     ]
 
 
@@ -325,37 +328,63 @@ def page(text: str, rows: Sequence[Row], commands: Sequence[str], below: Sequenc
     return re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: body, text, flags=re.DOTALL)
 
 
+def gather(
+    wanted: Sequence[str], again: bool, whole: bool, measure: Callable[[Benchmark], Any] = run
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Measure, or take what was kept.
+
+    Args:
+        wanted: names of those to measure. again: measure none. whole: the others too, from what was kept.
+
+    Returns:
+        what was found, by name, and why nothing was of others.
+    """
+    found: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    for benchmark in BENCHMARKS:
+        name, kept = benchmark.name, RESULTS / f"{benchmark.name}.json"
+        if name not in wanted and not whole:
+            continue
+        try:
+            fresh = name in wanted and not again
+            found[name] = measure(benchmark) if fresh else json.loads(kept.read_text())
+        except FileNotFoundError:
+            failed[name] = f"there is no {kept.name} in build/bench: measure it, with `--only {name}`"
+        except (subprocess.CalledProcessError, ValueError, IndexError) as error:
+            # The others are measured all the same: each takes minutes.
+            failed[name] = f"failed: {error}"
+    return found, failed
+
+
 def main() -> int:
-    """Command line; exit status 1 when a wanted ratio was not held."""
+    """Command line; exit status 1 when one is missing or failed, or a wanted ratio was not held."""
     parser = argparse.ArgumentParser(prog="python3 -m tests.bench.everything", description=__doc__)
     names = [benchmark.name for benchmark in BENCHMARKS]
     parser.add_argument("--only", action="append", choices=names, help="only this one; may be repeated")
     parser.add_argument("--again", action="store_true", help="measure nothing: use what build/bench has")
     parser.add_argument("--write", action="store_true", help="write the table and the plots to docs")
     options = parser.parse_args()
-    rows: list[Row] = []
-    found: dict[str, Any] = {}
-    commands = []
-    for benchmark in BENCHMARKS:
-        if options.only and benchmark.name not in options.only:
-            continue
-        kept = RESULTS / f"{benchmark.name}.json"
-        if options.again and not kept.exists():
-            continue
-        found[benchmark.name] = json.loads(kept.read_text()) if options.again else run(benchmark)
-        rows += benchmark.rows(found[benchmark.name], benchmark.command)
-        commands.append(benchmark.command)
-    print(lines(rows))
+    found, failed = gather(options.only or names, options.again, options.write)
+    shown = [benchmark for benchmark in BENCHMARKS if benchmark.name in found]
+    rows = [row for benchmark in shown for row in benchmark.rows(found[benchmark.name], benchmark.command)]
+    if rows:
+        print(lines(rows))
     for line in notes(found):
         print(line)
-    drawn = pictures(found)
-    where = PAGE.parent if options.write else RESULTS
-    for name, text in drawn.items():
+    for name, why in failed.items():
+        print(f"{name}: {why}", file=sys.stderr)
+    if failed and options.write:
+        print("nothing was written", file=sys.stderr)
+    write = options.write and not failed
+    where = PAGE.parent if write else RESULTS
+    where.mkdir(parents=True, exist_ok=True)
+    for name, text in pictures(found).items():
         (where / name).write_text(text)
         print(f"drawn: {where.relative_to(ROOT) / name}", file=sys.stderr)
-    if options.write:
+    if write:
+        commands = [benchmark.command for benchmark in shown]
         PAGE.write_text(page(PAGE.read_text(), rows, commands, notes(found)))
-    return 1 if any(row.holds is False for row in rows) else 0
+    return 1 if failed or any(row.holds is False for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 
@@ -118,6 +120,30 @@ def test_the_scheduler_stands_below_the_table() -> None:
     assert everything.notes({}) == []
     after = page(f"{BEGIN}\n{END}", [Row("what", [1.0], "", None, "c")], ["c"], [scheduler])
     assert f"{scheduler}\n\nMade by:" in after
+
+
+def test_a_table_that_is_written_has_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(everything, "RESULTS", tmp_path)
+    names = [benchmark.name for benchmark in everything.BENCHMARKS]
+    assert "tracking" in names and len(set(names)) == len(names)
+    for name in names:
+        if name != "tracking":
+            (tmp_path / f"{name}.json").write_text('"kept"')
+
+    def measure(benchmark: everything.Benchmark) -> str:
+        if benchmark.name == "tools":
+            raise subprocess.CalledProcessError(1, benchmark.command)
+        return "fresh"
+
+    found, failed = everything.gather(["drain"], False, True, measure)
+    assert found["drain"] == "fresh" and found["records"] == "kept"
+    assert list(failed) == ["tracking"] and "--only tracking" in failed["tracking"]
+    found, failed = everything.gather(["drain"], False, False, measure)
+    assert found == {"drain": "fresh"} and not failed
+    found, failed = everything.gather(names, False, True, measure)
+    assert list(failed) == ["tools"] and list(found) == [name for name in names if name != "tools"]
+    found, failed = everything.gather(names, True, False, measure)
+    assert set(found.values()) == {"kept"} and list(failed) == ["tracking"]
 
 
 def test_the_repositorys_page_has_the_place() -> None:
