@@ -113,10 +113,10 @@ class Sshd:
             return probe.recv(4) == b"SSH-"
         return False
 
-    def known_host(self) -> str:
-        """The line of known_hosts for it."""
+    def known_host(self, port: int | None = None) -> str:
+        """The line of known_hosts for it, or for another port that leads to it."""
         kind, key = (self.directory / "host_key.pub").read_text().split()[:2]
-        return f"[127.0.0.1]:{self.port} {kind} {key}\n"
+        return f"[127.0.0.1]:{port or self.port} {kind} {key}\n"
 
     def authorize(self, public_key: Path, command: str | None = None) -> None:
         """Let a key in, as in an installation: restricted to one command if there is one."""

@@ -93,7 +93,7 @@ def play(lab: Lab, name: str, *words: str, **extra: Any) -> Run:
     return Run(done.returncode, done.stdout)
 
 
-def install_once(lab: Lab) -> None:
+def install_once(lab: Lab, **extra: Any) -> None:
     """``install.yml`` on both hosts, unless this very run of the tests has done so on these guests.
 
     With BMIGRATE_LAB_DEPLOYED=1 what an earlier run installed is used as it is: for work on a single test only, it
@@ -101,7 +101,7 @@ def install_once(lab: Lab) -> None:
     """
     if os.environ.get("BMIGRATE_LAB_DEPLOYED") == "1" or is_installed(lab):
         return
-    run = play(lab, "install.yml")
+    run = play(lab, "install.yml", **extra)
     assert run.returncode == 0, run.output[-6000:]
     note_installed(lab)
 

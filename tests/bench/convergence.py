@@ -43,6 +43,21 @@ def model(ratio: float, passes: int) -> tuple[float, float]:
     return total, share
 
 
+def model_curve(ratio: float, passes: int, steps: int = 16) -> list[tuple[float, float]]:
+    """(shipped, left) in volumes, while so many passes of the model go on.
+
+    The bitmap of a pass is taken at its begin: what the pass has not come to yet is left, and what was written since.
+    """
+    points, total, share = [], 0.0, 1.0
+    for _ in range(passes):
+        for step in range(steps):
+            part = share * step / steps
+            points.append((total + part, share - part + 1 - math.exp(-ratio * part)))
+        total, share = total + share, 1 - math.exp(-ratio * share)
+    points.append((total, share))
+    return points
+
+
 def walk(ratio: float, passes: int, blocks: int = 1 << 14) -> tuple[float, float]:
     """The same for a walk that takes each block as it comes to it, by simulation."""
     place = random.Random(2)
@@ -134,6 +149,7 @@ def one(directory: Path, size: int, ratio: float, limit_seconds: float) -> dict[
         "walk_residual_bytes": walked_left * size,
         "drain_seconds": drained["seconds"],
         "curve": curve,
+        "model_curve": [(gone * size / RATE, rest * size) for gone, rest in model_curve(ratio, entry["passes"])],
     }
 
 

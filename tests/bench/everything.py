@@ -3,7 +3,8 @@
 
 Each benchmark runs as a process of its own, so that none is measured in the memory of another; what it said is kept in
 build/bench. With --write the table goes into docs/performance.md, and the plots beside it, with the commit and the
-machine that they are of.
+machine that they are of. Promises: all benchmarks are in a table that is written; what was not measured now comes from
+build/bench, and if one is missing or has failed, nothing is written and its name is said.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ def _records(found: Any, command: str) -> list[Row]:
         share = [100 * value for value in cases[f"share_{volumes}"]["share_of_core"]]
         what = f"breqd: % of a core at 100,000 requests/s, {volumes} volume{'s' if volumes > 1 else ''}"
         rows.append(Row(what, share, "≤ 3", _most(share, 3), command))
+    beside = [(found["memory"]["resident_bytes"] - found["memory"]["maps_bytes"]) / MIB]
+    rows.append(Row("breqd: MiB resident beside the maps, 1 TiB", beside, "≤ 64", _most(beside, 64), command))
     return rows
 
 
@@ -99,10 +102,36 @@ def _shipping(what: str, target: float | None) -> Callable[[Any, str], list[Row]
     return rows
 
 
+def _streams(found: Any, command: str) -> list[Row]:
+    rows = []
+    for name, case in found.items():
+        delay = f"{1000 * case['delay_seconds']:.0f} ms of delay each way"
+        link = delay if case["delay_seconds"] else name
+        rate = [value / MIB for value in case["bytes_per_second"]["1"]]
+        rows.append(Row(f"seed with 1 stream, {link}: MiB/s", rate, "", None, command))
+        for count, ratios in case["ratios"].items():
+            judged = case["delay_seconds"] > 0  # with a core for each, they would help on the loopback too
+            held = statistics.median(ratios) > 1 if judged else None
+            rows.append(
+                Row(f"seed with {count} streams / with 1, {link}", ratios, "> 1" if judged else "", held, command)
+            )
+    return rows
+
+
+def _compression(found: Any, command: str) -> list[Row]:
+    random, text = found["random"]["ratios"], found["text"]["ratios"]
+    limit = found["text"]["limit_bytes_per_second"] // MIB
+    return [
+        Row("seed of random data, zstd / none, speed", random, "≥ 0.95", _least(random, 0.95), command),
+        Row(f"seed of text at {limit} MiB/s, zstd / none, speed", text, "> 1", statistics.median(text) > 1, command),
+    ]
+
+
 def _tools(found: Any, command: str) -> list[Row]:
     return [
         Row("rsync --whole-file --inplace / seed, times", found["ratios"]["seed"], "", None, command),
         Row("rsync by checksums / resync, 1 % differs, times", found["ratios"]["resync"], "", None, command),
+        Row("rdiff, three steps / resync, 1 % differs, times", found["ratios"]["rdiff"], "", None, command),
     ]
 
 
@@ -118,16 +147,17 @@ def _drain(found: Any, command: str) -> list[Row]:
 def _convergence(found: Any, command: str) -> list[Row]:
     rows = []
     for ratio in sorted({item["ratio_wanted"] for item in found}):
-        shipped = [item["shipped_volumes"] / item["model_volumes"] for item in found if item["ratio_wanted"] == ratio]
-        rows.append(
-            Row(
-                f"shipped / model, writes at {ratio:.2f} of the ship rate",
-                shipped,
-                "≤ 1.1",
-                _most(shipped, 1.1),
-                command,
-            )
-        )
+        mine = [item for item in found if item["ratio_wanted"] == ratio]
+        shipped = [item["shipped_volumes"] / item["model_volumes"] for item in mine]
+        walked = [item["shipped_volumes"] / item["walk_volumes"] for item in mine]
+        left = [item["residual_bytes"] / item["model_residual_bytes"] for item in mine]
+        of = f"writes at {ratio:.2f} of the ship rate"
+        expected = mine[0]["model_residual_bytes"] / 1024
+        rows += [
+            Row(f"shipped / model, {of}", shipped, "≤ 1.1", _most(shipped, 1.1), command),
+            Row(f"shipped / walk, {of}", walked, "", None, command),
+            Row(f"left for the drain / model ({expected:,.0f} KiB), {of}", left, "", None, command),
+        ]
     return rows
 
 
@@ -147,10 +177,13 @@ def _resync(found: Any, command: str) -> list[Row]:
 
 def _pacing(found: Any, command: str) -> list[Row]:
     ours, share = found["foreground_ratios"], found["seed_shares"]
+    barriers = [1000 * value for value in found["barrier_seconds"]]
     return [
         Row("throttled disk: foreground beside the seed / alone", ours, "≥ 0.95", _least(ours, 0.95), command),
         Row("throttled disk: seed / what the foreground leaves", share, "≥ 0.7", _least(share, 0.7), command),
         Row("throttled disk: mean time of a write / alone", found["latency_ratios"], "", None, command),
+        Row("throttled disk: time until 99 % of the writes are done / alone", found["p99_ratios"], "", None, command),
+        Row("drain on emulated guests: its barriers, ms", barriers, "", None, command),
     ]
 
 
@@ -170,6 +203,8 @@ BENCHMARKS = (
         ("--mib", "512", "--pairs", "3", "--extra", "transport: paramiko"),
         _shipping("seed of random data, transport paramiko", None),
     ),
+    Benchmark("compression", "tests.bench.compression", (), _compression),
+    Benchmark("streams", "tests.bench.streams", (), _streams),
     Benchmark("tools", "tests.bench.tools", (), _tools),
     Benchmark("drain", "tests.bench.drain", (), _drain),
     Benchmark("convergence", "tests.bench.convergence", ("--mib", "64", "--rounds", "2"), _convergence),
@@ -215,6 +250,23 @@ def lines(rows: Sequence[Row]) -> str:
     return table(["", "median", "spread", "rounds", "wanted", "held"], cells)
 
 
+def notes(found: dict[str, Any]) -> list[str]:
+    """What the numbers are of and no row can say, below the table."""
+    made = []
+    if "pacing" in found:
+        of = found["pacing"]
+        offered, chosen = of["scheduler"], re.search(r"\[(.*?)\]", of["scheduler"])
+        name = f"`{chosen[1]}` (of {offered})" if chosen else f"`{offered}`"
+        rate = of["capacity_bytes_per_second"] / MIB
+        made.append(f"Throttled disk: I/O scheduler {name}; QEMU holds the disk to {rate:.0f} MiB/s.")
+        writes = {name: [1000 * run["mean_seconds"] for run in of["runs"][name]] for name in ("bare", "shipped")}
+        made.append(
+            f"A write of 16 KiB there takes {statistics.median(writes['bare']):.1f} ms alone and "
+            f"{statistics.median(writes['shipped']):.1f} ms beside the seed, by the mean of each round."
+        )
+    return made
+
+
 def pictures(found: dict[str, Any]) -> dict[str, str]:
     """File name -> SVG, of what was measured."""
     made = {}
@@ -240,18 +292,21 @@ def pictures(found: dict[str, Any]) -> dict[str, str]:
             "Against the bare run of the same session", [Panel("ratio", bars, top, 1.0, "as fast")]
         )
     if "convergence" in found:
-        drawn: dict[str, Curve] = {}
-        for item in found["convergence"]:
-            label = f"writes at {item['ratio_wanted']:.2f} of the ship rate"
-            # One run of each ratio: the later ones look the same.
-            points = [(at, left / MIB) for at, _, left in item["curve"]]
-            drawn.setdefault(label, Curve(label, points))
+        # One run of each ratio: the later ones look the same.
+        first = {item["ratio_wanted"]: item for item in reversed(found["convergence"])}
+        drawn = []
+        for ratio in sorted(first):
+            points = [(at, left / MIB) for at, _, left in first[ratio]["curve"]]
+            drawn.append(Curve(f"writes at {ratio:.2f} of the ship rate", points))
+        for number, ratio in enumerate(sorted(first)):
+            points = [(at, left / MIB) for at, left in first[ratio]["model_curve"]]
+            drawn.append(Curve("", points, model_of=number))
         title = "What is left while passes go on under writes"
-        made["convergence.svg"] = curves(title, "seconds", "MiB left", list(drawn.values()))
+        made["convergence.svg"] = curves(title, "seconds", "MiB left", drawn)
     return made
 
 
-def page(text: str, rows: Sequence[Row], commands: Sequence[str]) -> str:
+def page(text: str, rows: Sequence[Row], commands: Sequence[str], below: Sequence[str] = ()) -> str:
     """docs/performance.md with another table in it.
 
     Raises:
@@ -267,39 +322,69 @@ def page(text: str, rows: Sequence[Row], commands: Sequence[str]) -> str:
         "",
     )
     of = f"Commit {commit}; {os.cpu_count()} cores, {model}; guests emulated (TCG)."
-    body = f"{BEGIN}\n{of}\n\n{lines(rows)}\n\nMade by:\n\n" + "".join(f"    {command}\n" for command in commands) + END
+    said = "".join(f"{line}\n\n" for line in below)
+    made_by = "".join(f"    {command}\n" for command in commands)
+    body = f"{BEGIN}\n{of}\n\n{lines(rows)}\n\n{said}Made by:\n\n{made_by}{END}"
     return re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: body, text, flags=re.DOTALL)
 
 
+def gather(
+    wanted: Sequence[str], again: bool, whole: bool, measure: Callable[[Benchmark], Any] = run
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Measure, or take what was kept.
+
+    Args:
+        wanted: names of those to measure. again: measure none. whole: the others too, from what was kept.
+
+    Returns:
+        what was found, by name, and why nothing was of others.
+    """
+    found: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    for benchmark in BENCHMARKS:
+        name, kept = benchmark.name, RESULTS / f"{benchmark.name}.json"
+        if name not in wanted and not whole:
+            continue
+        try:
+            fresh = name in wanted and not again
+            found[name] = measure(benchmark) if fresh else json.loads(kept.read_text())
+        except FileNotFoundError:
+            failed[name] = f"there is no {kept.name} in build/bench: measure it, with `--only {name}`"
+        except (subprocess.CalledProcessError, ValueError, IndexError) as error:
+            # The others are measured all the same: each takes minutes.
+            failed[name] = f"failed: {error}"
+    return found, failed
+
+
 def main() -> int:
-    """Command line; exit status 1 when a wanted ratio was not held."""
+    """Command line; exit status 1 when one is missing or failed, or a wanted ratio was not held."""
     parser = argparse.ArgumentParser(prog="python3 -m tests.bench.everything", description=__doc__)
     names = [benchmark.name for benchmark in BENCHMARKS]
     parser.add_argument("--only", action="append", choices=names, help="only this one; may be repeated")
     parser.add_argument("--again", action="store_true", help="measure nothing: use what build/bench has")
     parser.add_argument("--write", action="store_true", help="write the table and the plots to docs")
     options = parser.parse_args()
-    rows: list[Row] = []
-    found: dict[str, Any] = {}
-    commands = []
-    for benchmark in BENCHMARKS:
-        if options.only and benchmark.name not in options.only:
-            continue
-        kept = RESULTS / f"{benchmark.name}.json"
-        if options.again and not kept.exists():
-            continue
-        found[benchmark.name] = json.loads(kept.read_text()) if options.again else run(benchmark)
-        rows += benchmark.rows(found[benchmark.name], benchmark.command)
-        commands.append(benchmark.command)
-    print(lines(rows))
-    drawn = pictures(found)
-    where = PAGE.parent if options.write else RESULTS
-    for name, text in drawn.items():
+    found, failed = gather(options.only or names, options.again, options.write)
+    shown = [benchmark for benchmark in BENCHMARKS if benchmark.name in found]
+    rows = [row for benchmark in shown for row in benchmark.rows(found[benchmark.name], benchmark.command)]
+    if rows:
+        print(lines(rows))
+    for line in notes(found):
+        print(line)
+    for name, why in failed.items():
+        print(f"{name}: {why}", file=sys.stderr)
+    if failed and options.write:
+        print("nothing was written", file=sys.stderr)
+    write = options.write and not failed
+    where = PAGE.parent if write else RESULTS
+    where.mkdir(parents=True, exist_ok=True)
+    for name, text in pictures(found).items():
         (where / name).write_text(text)
         print(f"drawn: {where.relative_to(ROOT) / name}", file=sys.stderr)
-    if options.write:
-        PAGE.write_text(page(PAGE.read_text(), rows, commands))
-    return 1 if any(row.holds is False for row in rows) else 0
+    if write:
+        commands = [benchmark.command for benchmark in shown]
+        PAGE.write_text(page(PAGE.read_text(), rows, commands, notes(found)))
+    return 1 if failed or any(row.holds is False for row in rows) else 0
 
 
 if __name__ == "__main__":

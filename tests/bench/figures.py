@@ -135,10 +135,15 @@ def plot(title: str, panels: Sequence[Panel]) -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of points (x, y), ascending in x."""
+    """A line of points (x, y), ascending in x.
+
+    Attributes:
+        model_of: the number of the curve whose model this is: dashed, in its colour, without a line in the legend.
+    """
 
     label: str
     points: Sequence[tuple[float, float]]
+    model_of: int | None = None
 
 
 _COLOURS = ("#6c8ebf", "#b85450", "#82b366", "#9673a6", "#d79b00")
@@ -163,13 +168,20 @@ def curves(title: str, across: str, up: str, drawn: Sequence[Curve]) -> str:
         x, y = left + width * part / 4, top + height * (1 - part / 4)
         body.append(f'<text x="{x:.1f}" y="{top + height + 18}" class="mid">{right * part / 4:.3g}</text>')
         body.append(f'<text x="{left - 8}" y="{y + 4:.1f}" class="end">{high * part / 4:.3g}</text>')
+    legend = 0
     for number, curve in enumerate(drawn):
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = _COLOURS[(number if curve.model_of is None else curve.model_of) % len(_COLOURS)]
+        dashes = "" if curve.model_of is None else ' stroke-dasharray="5 3"'
         path = " ".join(f"{left + width * x / right:.1f},{top + height * (1 - y / high):.1f}" for x, y in curve.points)
-        body.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        y = top + 10 + 18 * number
+        body.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"{dashes}/>')
+        if curve.model_of is not None:
+            continue
+        y = top + 10 + 18 * legend
+        legend += 1
         body.append(f'<path d="M{left + width - 190} {y}h20" stroke="{colour}" stroke-width="3"/>')
         body.append(f'<text x="{left + width - 164}" y="{y + 4}">{escape(curve.label)}</text>')
+    if any(curve.model_of is not None for curve in drawn):
+        body.append(f'<text x="{left + width - 164}" y="{top + 14 + 18 * legend}">dashed: the model of each</text>')
     return (
         '<?xml version="1.0" encoding="UTF-8"?>\n'
         "<!-- SPDX-License-Identifier: GPL-3.0-or-later -->\n"

@@ -3,7 +3,8 @@
 
 Two guests with the shipped playbooks run on them. The primary's disk is held to CAPACITY by QEMU; fio writes at half of
 that, at random, past the cache. In alternating rounds: fio alone, and fio while everything is dirty and is shipped.
-Printed are what fio got, as a ratio to its round alone, and what was shipped, as a share of what fio left.
+Printed are what fio got, as a ratio to its round alone, and what was shipped, as a share of what fio left. Afterwards,
+with the throttle off, a few drains for their barriers: here they go through the kernel's log.
 """
 
 from __future__ import annotations
@@ -76,6 +77,20 @@ def round_of(rig: Rig, primary: str, seconds: int, ships: bool) -> dict[str, Any
     return found
 
 
+def barriers(rig: Rig, primary: str, count: int) -> list[float]:
+    """Seconds that the barriers of a drain took, of so many drains with something left."""
+    found = []
+    for number in range(count):
+        rig.wait_in_step()
+        write = (
+            f"dd if=/dev/urandom of={rig.device(primary)} bs=4k count=64 seek={64 * number} oflag=direct status=none"
+        )
+        rig.run(primary, *write.split())
+        found.append(float(rig.drain(primary)["barrier_seconds"]))
+        rig.unseal(primary)
+    return found
+
+
 def measure(rig: Rig, rounds: int, seconds: int) -> dict[str, Any]:
     """All rounds."""
     primary = rig.primary()
@@ -93,6 +108,7 @@ def measure(rig: Rig, rounds: int, seconds: int) -> dict[str, Any]:
     finally:
         throttle(rig.lab, primary, 0)
         rig.ship(primary, "resume", workload=WORKLOAD)
+    drained = barriers(rig, primary, rounds)
     pairs = list(zip(runs["shipped"], runs["bare"]))
     name = f"$(basename $(readlink -f {rig.device(primary)}))"
     scheduler = rig.run(primary, "sh", "-c", f"cat /sys/block/{name}/queue/scheduler")
@@ -104,6 +120,8 @@ def measure(rig: Rig, rounds: int, seconds: int) -> dict[str, Any]:
         "foreground_ratios": [with_["bytes_per_second"] / bare["bytes_per_second"] for with_, bare in pairs],
         "seed_shares": [one["ship_bytes_per_second"] / (CAPACITY - bare["bytes_per_second"]) for one, bare in pairs],
         "latency_ratios": [with_["mean_seconds"] / bare["mean_seconds"] for with_, bare in pairs],
+        "barrier_seconds": drained,
+        "p99_ratios": [with_["p99_seconds"] / bare["p99_seconds"] for with_, bare in pairs],
     }
 
 
@@ -138,7 +156,9 @@ def main() -> int:
     print(f"foreground beside the seed / alone: {spread(result['foreground_ratios'])}")
     print(f"seed / what the foreground leaves of the disk: {spread(result['seed_shares'])}")
     print(f"mean time of a write beside the seed / alone: {spread(result['latency_ratios'])}")
+    print(f"99 % of the writes done, beside the seed / alone: {spread(result['p99_ratios'])}")
     print(f"scheduler: {result['scheduler']}")
+    print(f"barriers of a drain: {' '.join(f'{1000 * value:.0f}' for value in result['barrier_seconds'])} ms")
     return 0
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -178,16 +179,39 @@ def amplification(size: int, writes: int) -> dict[str, float]:
             claimed, at = claimed + sum(length for _, length in taken.extents), taken.next_offset_bytes
 
 
+def resident(array: Any) -> int:
+    """Bytes of the pages of an array that this process has in memory.
+
+    Source: Documentation/admin-guide/mm/pagemap.rst (64 bits a page; bit 63: it is present).
+    """
+    page = resource.getpagesize()
+    first, end = array.ctypes.data // page, -(-(array.ctypes.data + array.nbytes) // page)
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        entries = np.frombuffer(os.pread(file.fileno(), (end - first) * 8, first * 8), dtype=np.uint64)
+    return int((entries >> np.uint64(63)).sum()) * page
+
+
 def memory() -> dict[str, int]:
     """Resident bytes of a process that holds the maps of one volume of 1 TiB, and what the maps take of it."""
     with tempfile.TemporaryDirectory(prefix="bmigrate-bench-") as name:
         made = tracker(Path(name), 1, TIB)
         fd = stream(uniform(1 << 20, 1, TIB, 1, 2), BATCH)
         consume(fd, BATCH, made.apply)
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-        length = made.maps.volumes["wl", "v0"].map_bytes
-        # dirty, claimed and failed, and the two mapped files as far as they were touched
-        return {"resident_bytes": resident, "maps_bytes": 5 * length}
+        os.close(fd)
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        used = next(int(line.split()[1]) for line in lines if line.startswith("Rss:")) * 1024
+        maps, volume = made.maps, made.maps.volumes["wl", "v0"]
+        # Nothing was claimed: that map is the kernel's page of zeroes all over, present and not counted as Rss.
+        held = (maps.dirty, maps.failed, volume.mirror, volume.failed_mirror)
+        return {"resident_bytes": used, "maps_bytes": sum(map(resident, held))}
+
+
+def memory_alone() -> dict[str, int]:
+    """The same in a process that has done nothing else."""
+    program = "import json; from tests.bench import records; print(json.dumps(records.memory()))"
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
 
 
 def main() -> int:
@@ -200,7 +224,7 @@ def main() -> int:
     if arguments.rounds < 2:
         parser.error("at least 2 rounds")
     cases = measure(arguments.records, arguments.rounds)
-    used = memory()
+    used = memory_alone()
     wide = [amplification(size * TIB, 1 << 18) for size in (1, 4)]
     if arguments.json:
         print(json.dumps({"cases": cases, "memory": used, "amplification": wide}))

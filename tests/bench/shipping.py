@@ -59,7 +59,12 @@ class _World(World):
 
 
 class Bench:
-    """Two hosts in one directory with a real sshd between them."""
+    """Two hosts in one directory with a real sshd between them.
+
+    Attributes:
+        extra: more lines of the workload's configuration, for the next daemon. port: of 127.0.0.1, where it connects
+            to: sshd's, or one that leads there.
+    """
 
     def __init__(self, directory: Path, size: int, kind: str, monkeypatch: pytest.MonkeyPatch, extra: str) -> None:
         self.size = size
@@ -67,6 +72,7 @@ class Bench:
         self.extra = extra
         fill(self.world.source(), size, kind)
         self.server = sshd.Sshd(directory / "sshd")
+        self.port = self.server.port
         keys = directory / "alpha" / "etc" / "keys"
         (keys / "wl").unlink()
         sshd.make_key(keys / "wl")
@@ -96,11 +102,10 @@ class Bench:
         process = world.daemon()
         config = world.directory / "alpha" / "etc" / "wl.yml"
         config.write_text(
-            config.read_text().replace("address: 10.77.0.2", f"address: 127.0.0.1, port: {self.server.port}")
-            + self.extra
+            config.read_text().replace("address: 10.77.0.2", f"address: 127.0.0.1, port: {self.port}") + self.extra
         )
         paths.known_hosts_file("wl").parent.mkdir(parents=True, exist_ok=True)
-        paths.known_hosts_file("wl").write_text(self.server.known_host())
+        paths.known_hosts_file("wl").write_text(self.server.known_host(self.port))
         self.until("idle")
         rpc.call(paths.ship_socket(), "reload", 30.0)
         return process

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The same work done by what Debian ships for it: rsync, for a first copy, and for a copy of which little differs.
+"""The same work by what Debian ships for it, rsync and rdiff: a first copy, and a copy of which little differs.
 
-Native, with the processes and the sshd of shipping.py, and Debian's rsync unpacked beside them, over the same sshd.
+Native, with the processes and the sshd of shipping.py, and Debian's tools unpacked beside them, over the same sshd.
 First copy: a seed against `rsync --whole-file --inplace`. One per cent of the blocks differs, at random, and nothing
-says which: a resync against `rsync --no-whole-file --inplace` with blocks of the same size. rsync copies files here; it
-flushes nothing at its end, the receiver does. A ratio is rsync's time over ours of the same round.
+says which: a resync against `rsync --no-whole-file --inplace` with blocks of the same size, and against rdiff:
+`rdiff signature` of the copy there, `rdiff delta` against it here, `rdiff patch` there into a new file. Both copy files
+here, and neither flushes at its end, as the receiver does. A ratio is the tool's time over ours of the same round.
 """
 
 from __future__ import annotations
@@ -30,28 +31,60 @@ from tests.sshd import library_path, unpacked
 DIFFER = 0.01
 
 
-class Rsync:
-    """Debian's, on both ends, over the benchmark's sshd."""
+class Tool:
+    """A program of Debian's on both ends, over the benchmark's sshd."""
 
-    def __init__(self, bench: Bench) -> None:
-        tree = unpacked("rsync", "libpopt0")
-        self.program = tree / "usr" / "bin" / "rsync"
+    def __init__(self, bench: Bench, name: str, *libraries: str) -> None:
+        tree = unpacked(name, *libraries)
+        self.program = tree / "usr" / "bin" / name
         self.libraries = library_path(tree)
         self.bench = bench
-        self.target = bench.world.directory / "rsync"
+        self.target = bench.world.directory / name
+
+    @property
+    def there(self) -> str:
+        """The program, in a command for the other end."""
+        return f"env LD_LIBRARY_PATH={self.libraries} {self.program}"
+
+    def timed(self, argv: list[str]) -> float:
+        """Seconds of a command; the copy must be equal afterwards."""
+        began = time.monotonic()
+        subprocess.run(argv, check=True, env={**os.environ, "LD_LIBRARY_PATH": self.libraries})
+        seconds = time.monotonic() - began
+        subprocess.run(["cmp", "-s", str(self.bench.world.source()), str(self.target)], check=True)
+        return seconds
+
+
+class Rsync(Tool):
+    """One process on each end."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(bench, "rsync", "libpopt0")
 
     def copy(self, *options: str) -> float:
-        """Seconds of one copy of the source; the copy is compared afterwards."""
-        source = self.bench.world.source()
-        remote = f"env LD_LIBRARY_PATH={self.libraries} {self.program}"
-        argv = [str(self.program), "--inplace", "--ignore-times", *options, f"--rsync-path={remote}"]
-        argv += ["-e", self.bench.ssh().replace(" root@127.0.0.1", ""), str(source), f"root@127.0.0.1:{self.target}"]
-        environment = {**os.environ, "LD_LIBRARY_PATH": self.libraries}
-        began = time.monotonic()
-        subprocess.run(argv, check=True, env=environment)
-        seconds = time.monotonic() - began
-        subprocess.run(["cmp", "-s", str(source), str(self.target)], check=True)
-        return seconds
+        """Seconds of one copy of the source."""
+        argv = [str(self.program), "--inplace", "--ignore-times", *options, f"--rsync-path={self.there}"]
+        argv += ["-e", self.bench.ssh().replace(" root@127.0.0.1", ""), str(self.bench.world.source())]
+        return self.timed([*argv, f"root@127.0.0.1:{self.target}"])
+
+
+class Rdiff(Tool):
+    """Three steps, the middle one here; the signature must be whole before the delta can begin."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(bench, "rdiff", "librsync2", "libb2-1", "libpopt0")
+        self.signature = self.target.with_suffix(".signature")
+        self.target.touch()
+
+    def copy(self) -> float:
+        """Seconds of making the copy equal to the source again, in a new file that takes its place."""
+        new, ssh = self.target.with_suffix(".new"), self.bench.ssh()
+        script = (
+            f"{ssh} '{self.there} --block-size={GRANULE} signature {self.target} -' > {self.signature} && "
+            f"{self.program} delta {self.signature} {self.bench.world.source()} - | "
+            f"{ssh} '{self.there} patch {self.target} - {new} && mv {new} {self.target}'"
+        )
+        return self.timed(["bash", "-o", "pipefail", "-c", script])
 
 
 def change(path: Path, size: int) -> None:
@@ -67,10 +100,10 @@ def change(path: Path, size: int) -> None:
 
 def measure(directory: Path, size: int, rounds: int) -> dict[str, Any]:
     """Both kinds of work, in alternating rounds."""
-    seconds: dict[str, list[float]] = {name: [] for name in ("seed", "rsync_whole", "resync", "rsync_delta")}
+    seconds: dict[str, list[float]] = {name: [] for name in ("seed", "rsync_whole", "resync", "rsync_delta", "rdiff")}
     with pytest.MonkeyPatch.context() as monkeypatch:
         bench = Bench(directory, size, "random", monkeypatch, "")
-        rsync = Rsync(bench)
+        rsync, rdiff = Rsync(bench), Rdiff(bench)
         try:
             for number in range(rounds):
                 rsync.target.unlink(missing_ok=True)
@@ -81,13 +114,18 @@ def measure(directory: Path, size: int, rounds: int) -> dict[str, Any]:
                 for step in steps if number % 2 else reversed(steps):
                     step()
             process = bench.start()
+            shutil.copyfile(bench.world.source(), rdiff.target)
             for number in range(rounds):
 
-                def delta() -> None:
+                def by_rsync() -> None:
                     change(rsync.target, size)
                     seconds["rsync_delta"].append(rsync.copy("--no-whole-file", f"--block-size={GRANULE}"))
 
-                steps = [lambda: seconds["resync"].append(size / resync(bench, DIFFER)), delta]
+                def by_rdiff() -> None:
+                    change(rdiff.target, size)
+                    seconds["rdiff"].append(rdiff.copy())
+
+                steps = [lambda: seconds["resync"].append(size / resync(bench, DIFFER)), by_rsync, by_rdiff]
                 for step in steps if number % 2 else reversed(steps):
                     step()
             process.terminate()
@@ -100,6 +138,7 @@ def measure(directory: Path, size: int, rounds: int) -> dict[str, Any]:
         "ratios": {
             "seed": [theirs / ours for ours, theirs in zip(seconds["seed"], seconds["rsync_whole"])],
             "resync": [theirs / ours for ours, theirs in zip(seconds["resync"], seconds["rsync_delta"])],
+            "rdiff": [theirs / ours for ours, theirs in zip(seconds["resync"], seconds["rdiff"])],
         },
     }
 
@@ -125,6 +164,7 @@ def main() -> int:
         print(f"{name}: {' '.join(f'{value:.2f}' for value in values)} s")
     print(f"rsync --whole-file / seed: {spread(result['ratios']['seed'])}")
     print(f"rsync by checksums / resync, 1 % differs: {spread(result['ratios']['resync'])}")
+    print(f"rdiff signature, delta, patch / resync, 1 % differs: {spread(result['ratios']['rdiff'])}")
     return 0
 
 

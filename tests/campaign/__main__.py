@@ -6,13 +6,15 @@ workload writes: kills, stops, fault points, power cuts of either host, link cut
 is judged on the lab host by the raw files: while something is broken, a block that differs must be dirty or claimed or
 its volume suspect; afterwards the hosts must get in step by themselves, and then the devices must be equal.
 
+It goes on until as many faults have happened as were asked for; one whose point was not reached in time does not count.
 Every choice comes from the seed and the number of the fault. Results are appended to build/campaign/SEED.jsonl as they
-come; the same command goes on where it was ended. Exit status: 0 when no fault broke a rule.
+come; the same command goes on where it was ended. Exit status: 0 when all happened and none broke a rule.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -21,13 +23,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lab import Lab, LabError
-from tests.campaign import judge
-from tests.campaign.faults import Fault, schedule
+from tests.campaign import judge, tally
+from tests.campaign.faults import FAULTS, Fault, schedule
 from tests.campaign.judge import Violation
 from tests.campaign.stage import Stage
 from tests.mutants import tree
@@ -35,9 +37,11 @@ from tests.mutants.catalogue import MUTANTS
 from tests.vm.rig import Rig
 
 ROOT = Path(__file__).resolve().parents[2]
+#: Of a session: whatever dies is one of several, and all that the others have under way must come to its end too.
+STREAMS = 3
 EPILOG = """\
 environment:
-  CAMPAIGN_FAULTS  how many faults (200)
+  CAMPAIGN_FAULTS  how many faults must happen (200)
   CAMPAIGN_SEED    the seed (1)
   BMIGRATE_LAB     name of the instance of the lab (campaign)
 
@@ -62,51 +66,50 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="only kinds with TEXT in the name")
     parser.add_argument("--sabotage", choices=[item.name for item in MUTANTS], help="break this rule first")
     parser.add_argument("--results", type=Path, metavar="FILE", help="instead of build/campaign/SEED.jsonl")
-    parser.add_argument("--list", action="store_true", help="print the schedule and end")
+    parser.add_argument("--list", action="store_true", help="print how the schedule begins, and end")
     return parser.parse_args(argv)
 
 
 class Campaign:
-    """The faults of one seed, one after the other, on one instance of the lab."""
+    """The faults of one seed, one after the other, on one instance of the lab.
 
-    def __init__(self, seed: int, faults: list[Fault], results: Path) -> None:
-        self.seed, self.faults, self.results = seed, faults, results
+    Args:
+        faults: the schedule, as long as the campaign may become. wanted: how many must happen.
+    """
+
+    def __init__(self, seed: int, faults: Sequence[Fault], wanted: int, results: Path) -> None:
+        self.seed, self.faults, self.wanted, self.results = seed, faults, wanted, results
         self.lab = Lab(os.environ.setdefault("BMIGRATE_LAB", "campaign"))
         self.rig: Rig | None = None
 
-    def done(self) -> list[dict[str, Any]]:
-        """What earlier runs of this seed left; a line that was cut short does not count."""
-        found = []
-        for line in self.results.read_text().splitlines() if self.results.exists() else ():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                break
-        return found
+    def run(self) -> list[tally.Result]:
+        """All that is left to do; returns the results up to the last fault that was asked for.
 
-    def run(self) -> list[dict[str, Any]]:
-        """All that is left to do; returns all results."""
-        results = self.done()
+        Raises:
+            tally.OtherSchedule: the results on file are not of this schedule.
+        """
+        text = self.results.read_text() if self.results.exists() else ""
+        results = tally.read(text, [fault.name for fault in self.faults])
         self.results.parent.mkdir(parents=True, exist_ok=True)
         with open(self.results, "w") as file:
             for line in results:
                 file.write(json.dumps(line) + "\n")
         try:
-            for number in range(len(results), len(self.faults)):
-                result = self._one(number, self.faults[number])
+            while tally.happened(results) < self.wanted and len(results) < len(self.faults):
+                result = self._one(len(results), self.faults[len(results)])
                 results.append(result)
                 with open(self.results, "a") as file:
                     file.write(json.dumps(result) + "\n")
-                print(f"{number + 1}/{len(self.faults)} {json.dumps(result)}", flush=True)
+                print(tally.progress(results, self.wanted), flush=True)
         finally:
             self._leave()
-        return results
+        return tally.until(results, self.wanted)
 
     def _hosts(self) -> Rig:
         if self.rig is None:
             self.lab.down()
             self.lab.up()
-            self.rig = Rig(self.lab)
+            self.rig = Rig(self.lab, STREAMS)
             self.rig.deploy()
         return self.rig
 
@@ -130,6 +133,12 @@ class Campaign:
             result.update(verdict="BROKEN", why=str(violation))
         except (LabError, AssertionError, OSError, subprocess.SubprocessError) as error:
             result.update(verdict="STUCK", why=f"{error}\n{traceback.format_exc(limit=-3)}")
+            try:
+                judge.nothing_false_is_said(stage)
+            except Violation as violation:
+                result.update(verdict="BROKEN", why=f"{violation}; before that: {result['why']}")
+            except (LabError, AssertionError, OSError, subprocess.SubprocessError) as unknown:
+                result["why"] += f"\nand what it says of itself could not be learnt: {unknown}"
         result.update(details=stage.details, seconds=round(time.monotonic() - began, 1))
         if result["verdict"] != "held":
             result["logs"] = self._logs()
@@ -146,29 +155,6 @@ class Campaign:
             except (LabError, subprocess.SubprocessError) as error:
                 logs[host] = str(error)
         return logs
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """How often each kind happened, and what came of it."""
-    happened = Counter(item["fault"] for item in results if item["happened"])
-    rows = [f"{'fault':32} happened  held  broken  stuck  median seconds"]
-    for name in sorted({item["fault"] for item in results}):
-        mine = [item for item in results if item["fault"] == name]
-        verdicts = Counter(item["verdict"] for item in mine)
-        seconds = sorted(item["seconds"] for item in mine)[len(mine) // 2]
-        rows.append(
-            f"{name:32} {happened[name]:8}  {verdicts['held']:4}  {verdicts['BROKEN']:6}  {verdicts['STUCK']:5}"
-            f"  {seconds:14.1f}"
-        )
-    verdicts = Counter(item["verdict"] for item in results)
-    missed = sum(item["details"].get("differ", 0) for item in results)
-    rows.append(
-        f"{sum(happened.values())} faults happened, {len(results) - sum(happened.values())} were not reached; "
-        f"{verdicts['held']} held, {verdicts['BROKEN']} broken, {verdicts['STUCK']} stuck; "
-        f"{missed} blocks differed while something was broken, each of them marked; "
-        f"{sum(item['seconds'] for item in results) / 60:.0f} minutes"
-    )
-    return "\n".join(rows)
 
 
 def sabotaged(options: argparse.Namespace, argv: list[str]) -> int:
@@ -190,22 +176,30 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     if options.sabotage:
         return sabotaged(options, argv)
-    if options.only:
-        wide = schedule(options.seed, 1000 * options.faults)
-        faults = [fault for fault in wide if any(text in fault.name for text in options.only)][: options.faults]
-    else:
-        faults = schedule(options.seed, options.faults)
+    kinds = {fault.name for fault in FAULTS if not options.only or any(text in fault.name for text in options.only)}
+    if not kinds:
+        print(f"no kind of fault has {' or '.join(options.only)} in its name", file=sys.stderr)
+        return 2
+    chosen = (fault for fault in schedule(options.seed) if fault.name in kinds)
+    faults = list(itertools.islice(chosen, tally.most_tries(options.faults)))
     if options.list:
-        print("\n".join(f"{number} {fault.name}" for number, fault in enumerate(faults)))
+        print("\n".join(f"{number} {fault.name}" for number, fault in enumerate(faults[: options.faults])))
         return 0
     name = f"{options.seed}-{'-'.join(options.only)}" if options.only else str(options.seed)
     file = options.results or ROOT / "build" / "campaign" / f"{name.replace(' ', '_')}.jsonl"
-    results = Campaign(options.seed, faults, file).run()
-    print(table(results[: len(faults)]))
+    try:
+        results = Campaign(options.seed, faults, options.faults, file).run()
+    except tally.OtherSchedule as error:
+        print(f"{file}: {error}; move it away to begin anew", file=sys.stderr)
+        return 2
+    print(tally.table(results))
     bad = [item for item in results if item["verdict"] != "held"]
     for item in bad:
         print(f"\n{item['number']} {item['fault']}: {item['verdict']}: {item['why']}", file=sys.stderr)
-    return 1 if bad else 0
+    missing = options.faults - tally.happened(results)
+    if missing:
+        print(f"\n{missing} of {options.faults} faults did not happen in {len(results)} tries", file=sys.stderr)
+    return 1 if bad or missing else 0
 
 
 if __name__ == "__main__":

@@ -7,20 +7,28 @@ A fault happens under load, at a moment that comes from the seed. When it return
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import time
+from collections.abc import Iterator
 from typing import Callable, NamedTuple
 
 from lab import LabError, wait
 from tests.campaign import judge
 from tests.campaign.stage import Stage
-from tests.vm.processes import ON_STANDBY, find
+from tests.vm.processes import ON_STANDBY, find, is_receiver
 from tests.vm.rig import LIMIT_SECONDS, UNITS, WORKLOAD, Refused
 
 NOT_REACHED_SECONDS = 45.0
+#: How often a power cut of the standby meets flushes that are late.
+SLOW_FLUSHES = 0.6
 FILLER = "/var/lib/bmigrate/.campaign-filler"
 SSHD = "/etc/ssh/sshd_config.d/00-campaign.conf"
+
+#: Points of a comparison by checksum: the volume is made suspect first.
+RESYNC_POINTS = ("ship.resync_compared", "ship.resync_done")
+RESYNC_SECONDS = 240.0
 
 #: Fault points by program, and up to which visit of it the kill may come.
 POINTS: dict[str, dict[str, int]] = {
@@ -33,10 +41,10 @@ POINTS: dict[str, dict[str, int]] = {
         "ship.claimed": 30, "ship.read": 60, "ship.payload": 60, "ship.send": 60, "ship.sent": 30, "ship.synced": 20,
         "ship.acked": 20,
     },
-    "hold": {"hold.save": 2, "hold.saved": 2, "hold.admitted": 1, "hold.granted": 1},
+    "hold": {"hold.save": 2, "hold.saved": 2, "hold.admitted": 1, "hold.granted": 1, "hold.joined": 2},
     "breceive": {
         "receive.frame": 60, "receive.write": 60, "receive.fdatasync": 20, "receive.synced": 20, "receive.noted": 20,
-        "receive.ack_written": 20,
+        "receive.ack_written": 20, "receive.mark": 20,
     },
 }  # fmt: skip
 
@@ -57,7 +65,7 @@ def _send(stage: Stage, target: str, number: signal.Signals) -> dict[str, int] |
     def sent() -> bool:
         # There may be none for a moment, between two sessions.
         try:
-            victim = find(stage.rig, host, target)
+            victim = find(stage.rig, host, target, stage.random)
             if not victim:
                 return False
             who.update(pid=victim["pid"], ticks=victim["ticks"])
@@ -71,9 +79,9 @@ def _send(stage: Stage, target: str, number: signal.Signals) -> dict[str, int] |
     return who if _reached(sent) else None
 
 
-def _reached(condition: Callable[[], bool]) -> bool:
+def _reached(condition: Callable[[], bool], seconds: float = NOT_REACHED_SECONDS) -> bool:
     """Whether it became true in time; False is no failure: the fault did not happen, and does not count."""
-    end = time.monotonic() + NOT_REACHED_SECONDS
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
             return True
@@ -123,7 +131,43 @@ def at_point(program: str, name: str) -> Callable[[Stage], bool]:
     return act
 
 
-def _unit_dies(stage: Stage, program: str, plan: str) -> bool:
+def at_point_of_resync(name: str) -> Callable[[Stage], bool]:
+    """SIGKILL of the shipper to itself when all of a suspect volume was compared."""
+
+    def act(stage: Stage) -> bool:
+        stage.details["plan"] = plan = f"{name}=kill@1"
+        reason = "the campaign wants it compared"
+        stage.rig.breqd(stage.primary, "suspect", workload=WORKLOAD, volume=stage.rig.volume, reason=reason)
+        return _unit_dies(stage, "ship", plan, RESYNC_SECONDS)
+
+    return act
+
+
+def at_attach(stage: Stage) -> bool:
+    """SIGKILL of breqd to itself when it has attached a volume in the kernel and nobody knows: after a power cut.
+
+    Only after a boot has the kernel no attachment. The plan stays until it is seen to have killed: it may kill again.
+    """
+    host, rig = stage.primary, stage.rig
+    unit = UNITS["breqd"]
+    drop_in = f"/etc/systemd/system/{unit}.d/campaign.conf"
+    stage.details["plan"] = plan = "breqd.attached=kill@1"
+    rig.run(host, "mkdir", "-p", drop_in.rsplit("/", 1)[0])
+    rig.run(
+        host, "sh", "-c", f"printf '[Service]\\nEnvironment=BMIGRATE_FAULTS={plan}\\n' > {drop_in}; sync -f {drop_in}"
+    )
+    rig.power_cut(host)
+    stage.lost()
+    try:
+        rig.lab.start(host)
+        reached = _reached(lambda: stage.properties(host, "breqd")["NRestarts"] not in ("", "0"))
+    finally:
+        rig.run(host, "sh", "-c", f"rm {drop_in}; sync -f /etc; systemctl daemon-reload")
+    rig.wait_breqd(host)
+    return reached
+
+
+def _unit_dies(stage: Stage, program: str, plan: str, seconds: float = NOT_REACHED_SECONDS) -> bool:
     host = stage.standby if program == "hold" else stage.primary
     unit, rig = UNITS[program], stage.rig
     drop_in = f"/run/systemd/system/{unit}.d/campaign.conf"
@@ -143,29 +187,37 @@ def _unit_dies(stage: Stage, program: str, plan: str) -> bool:
     rig.run(host, "systemctl", "daemon-reload")
     if program == "hold":
         rig.ship(stage.primary, "reconnect", workload=WORKLOAD)
-    return _reached(lambda: stage.properties(host, program)["NRestarts"] != "0")
+    return _reached(lambda: stage.properties(host, program)["NRestarts"] != "0", seconds)
 
 
 def _receiver_dies(stage: Stage, plan: str) -> bool:
-    """sshd gives a receiver its environment; its configuration says nothing any more once the receiver has started."""
+    epoch = stage.epoch_on_disk()
+    # It may die before it was seen; the epoch tells.
+    stage.details["seen"] = _receivers_get(stage, plan, lambda: stage.epoch_on_disk() >= epoch + 2)
+    return _reached(lambda: stage.epoch_on_disk() >= epoch + 2)
+
+
+def _receivers_get(stage: Stage, plan: str, enough: Callable[[], bool] = lambda: False) -> bool:
+    """Begin a session all receivers of which have a plan; whether that was seen, or ``enough``, in time.
+
+    sshd gives a receiver its environment; its configuration says nothing any more once they have started.
+    """
     rig, host = stage.rig, stage.standby
     rig.run(host, "sh", "-c", f"echo 'SetEnv BMIGRATE_FAULTS={plan}' > {SSHD} && systemctl reload ssh")
-    epoch = stage.epoch_on_disk()
     try:
         rig.ship(stage.primary, "reconnect", workload=WORKLOAD)
 
         def with_plan() -> bool:
-            receiver = find(rig, host, "breceive")
-            if not receiver:
-                return False
-            text = rig.agents[host].call("run", argv=["cat", f"/proc/{receiver['pid']}/environ"])["stdout"]
-            return plan in text
+            count = 0
+            for process in filter(is_receiver, rig.agents[host].call("processes")):
+                done = rig.agents[host].call("run", argv=["cat", f"/proc/{process['pid']}/environ"])
+                count += plan in done["stdout"]
+            return count >= rig.streams
 
-        # It may die before it was seen; the epoch tells.
-        stage.details["seen"] = _reached(lambda: with_plan() or stage.epoch_on_disk() >= epoch + 2)
+        return _reached(lambda: with_plan() or enough())
     finally:
-        rig.run(host, "sh", "-c", f"rm {SSHD} && systemctl reload ssh")
-    return _reached(lambda: stage.epoch_on_disk() >= epoch + 2)
+        # Durable, so that a power cut right afterwards does not bring it back.
+        rig.run(host, "sh", "-c", f"rm {SSHD} && sync -f /etc && systemctl reload ssh")
 
 
 def cut_link(stage: Stage) -> bool:
@@ -199,8 +251,22 @@ def cut_link_and_kill(target: str) -> Callable[[Stage], bool]:
 
 
 def cut_power_of_standby(stage: Stage) -> bool:
-    """It loses what it had not flushed; what is missing must be dirty or claimed, before it is back."""
-    stage.until_claims()
+    """It loses what it had not flushed; what is missing must be dirty or claimed, before it is back.
+
+    More often than not each flush begins late, so that what was written is only written for long, and the power goes
+    while a flush is pending: an acknowledgement that came before it would show.
+    """
+    if stage.random.random() < SLOW_FLUSHES:
+        plan = f"receive.fdatasync=delay:{stage.random.uniform(0.3, 1.0):.1f}"
+        epoch = stage.epoch_on_disk()
+        stage.details["slow"] = plan if _receivers_get(stage, plan) else None
+        _reached(lambda: stage.epoch_on_disk() > epoch)
+        stage.writer.wait_more(stage.random.randrange(50, 300))
+        time.sleep(stage.random.uniform(0.0, 1.0))
+        _reached(lambda: stage.unflushed(stage.standby) > 0)
+        stage.details["unflushed"] = stage.unflushed(stage.standby)
+    else:
+        stage.until_claims()
     stage.rig.power_cut(stage.standby)
     stage.outage(stage.random.uniform(0.1, 3.0))
     if stage.random.random() < 0.3:
@@ -289,6 +355,8 @@ FAULTS: tuple[Fault, ...] = (
     *(Fault(f"kill {target}", 1, kill(target)) for target in ("ssh-client", "ssh-server")),
     *(Fault(f"stop {target}", 1, stop(target)) for target in ("breqd", "bmigrate", "breceive", "hold", "ssh-client")),
     *(Fault(f"kill at {name}", 1, at_point(program, name)) for program, names in POINTS.items() for name in names),
+    *(Fault(f"kill at {name}", 1, at_point_of_resync(name)) for name in RESYNC_POINTS),
+    Fault("kill at breqd.attached", 1, at_attach),
     Fault("link", 4, cut_link),
     *(Fault(f"link and kill {target}", 1, cut_link_and_kill(target)) for target in ("breqd", "bmigrate", "hold")),
     Fault("power of the standby", 5, cut_power_of_standby),
@@ -303,13 +371,9 @@ FAULTS: tuple[Fault, ...] = (
 )
 
 
-def schedule(seed: int, count: int) -> list[Fault]:
-    """The first ``count`` faults of a seed: decks of all kinds, each shuffled; a longer one begins like a shorter."""
-    chosen: list[Fault] = []
-    deck_number = 0
-    while len(chosen) < count:
+def schedule(seed: int) -> Iterator[Fault]:
+    """The faults of a seed, without end: decks of all kinds, each shuffled."""
+    for number in itertools.count():
         deck = [fault for fault in FAULTS for _ in range(fault.weight)]
-        random.Random(f"{seed}/deck/{deck_number}").shuffle(deck)
-        chosen += deck
-        deck_number += 1
-    return chosen[:count]
+        random.Random(f"{seed}/deck/{number}").shuffle(deck)
+        yield from deck

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Whether the invariant held: the raw files of both hosts are compared on the lab host, against what the hosts say.
 
-Two rules. While something is broken: a block that differs is dirty or claimed in the bitmap file, or the volume is
-suspect on one of the sides. Afterwards: by itself, the workload gets in step with nothing left, and at that moment the
-devices are equal, also before anybody drains. Must never wait for the devices to become equal.
+Three rules. While something is broken: a block that differs is dirty or claimed in the bitmap file, or the volume is
+suspect. Afterwards: by itself, the workload gets in step with nothing left. And in every verdict, also in that of a
+fault from which the hosts did not recover: nobody says in step with nothing left while the devices differ. Must never
+wait for the devices to become equal.
 """
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from lab import wait
@@ -15,6 +17,11 @@ from tests.vm.rig import DISK, LIMIT_SECONDS
 
 if TYPE_CHECKING:
     from tests.campaign.stage import Stage
+
+
+#: A peer that says nothing is given up after twice the silence of the lab's workload (20 s), and some more here.
+NOTICED_SECONDS = 75.0
+LOOK_SECONDS = 1.0
 
 
 class Violation(Exception):
@@ -36,6 +43,35 @@ def nothing_is_missing(stage: Stage) -> None:
     stage.details.update(differ=len(differ), marked=len(marked))
     if lost and not _suspect(stage):
         raise Violation(f"{len(lost)} blocks differ and are neither dirty nor claimed: {lost[:20]}")
+    if differ:
+        _not_in_step(stage, len(differ))
+
+
+def _not_in_step(stage: Stage, differ: int) -> None:
+    """The third rule, while blocks differ and nothing can be shipped.
+
+    A shipper that has not noticed yet may say what was so a moment ago; when the silence was long enough to be
+    noticed, it may not.
+    """
+    end = time.monotonic() + NOTICED_SECONDS
+    now = stage.status_of_session()
+    while now["state"] == "in_step" and now["bytes_left"] == 0:
+        if time.monotonic() > end:
+            raise Violation(f"in step with nothing left for {NOTICED_SECONDS:.0f} s, and {differ} blocks differ: {now}")
+        time.sleep(LOOK_SECONDS)
+        now = stage.status_of_session()
+
+
+def nothing_false_is_said(stage: Stage) -> None:
+    """The third rule, whatever else went wrong.
+
+    Raises:
+        Violation: the hosts say that they are in step with nothing left, and they are not.
+        LabError, AssertionError: they cannot be asked.
+    """
+    stage.quiet()
+    if _settled(stage):
+        _equal(stage, "in step with nothing left")
 
 
 def _suspect(stage: Stage) -> bool:

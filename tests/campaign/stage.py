@@ -91,6 +91,10 @@ class Stage:
         """Have the fault disk of a host answer the next ``count`` commands of a kind with EIO."""
         self.rig.lab.control(host, {"op": "fail", "disk": DISK, "command": command, "count": count})
 
+    def unflushed(self, host: str) -> int:
+        """Bytes that the fault disk of a host has taken and would lose now."""
+        return int(self.rig.lab.control(host, {"op": "stats"})[str(DISK)]["volatile_bytes"])
+
     def disk_failures_left(self, host: str) -> int:
         """How many of them are still to come."""
         return int(self.rig.lab.control(host, {"op": "stats"})[str(DISK)]["failures_left"])

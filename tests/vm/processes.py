@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 from lab import wait
@@ -22,8 +23,12 @@ def main_process(rig: Rig, host: str, name: str) -> dict[str, Any]:
     return wait(look, LIMIT_SECONDS, f"{UNITS[name]} on {host} to run", 0.1)
 
 
-def find(rig: Rig, host: str, target: str) -> dict[str, Any]:
-    """The process that a round kills; empty when there is none right now."""
+def find(rig: Rig, host: str, target: str, chance: random.Random | None = None) -> dict[str, Any]:
+    """The process that a round kills; empty when there is none right now.
+
+    Args:
+        chance: which one, where a session of several streams has several; without it, the oldest.
+    """
     if target in ("breqd", "hold"):
         return main_process(rig, host, target)
     if target == "bmigrate":
@@ -34,13 +39,20 @@ def find(rig: Rig, host: str, target: str) -> dict[str, Any]:
         found = [item for item in everything if item["parent"] == parent and item["name"] == "ssh"]
     else:
         found = [item for item in everything if is_receiver(item)]
-        if target == "ssh-server" and found:
-            by_pid = {item["pid"]: item for item in everything}
-            above = found[0]
-            while above and above["name"] != "sshd":
-                above = by_pid.get(above["parent"], {})
-            found = [above] if above else []
-    return found[0] if found else {}
+    if not found:
+        return {}
+    found.sort(key=lambda item: (item["ticks"], item["pid"]))
+    chosen = chance.choice(found) if chance else found[0]
+    return _server_of(chosen, everything) if target == "ssh-server" else chosen
+
+
+def _server_of(receiver: dict[str, Any], everything: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sshd above a receiver."""
+    by_pid = {item["pid"]: item for item in everything}
+    above = receiver
+    while above and above["name"] != "sshd":
+        above = by_pid.get(above["parent"], {})
+    return above
 
 
 def is_receiver(process: dict[str, Any]) -> bool:

@@ -21,12 +21,15 @@ import uuid
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 from lab import Comparison, Lab, LabError, wait
 from lab.disks import disk_by_number
 from tests.ansible.playbooks import install_once
 
 ROOT = Path(__file__).resolve().parents[2]
 AGENT = Path(__file__).with_name("agent.py")
+INVENTORY = ROOT / "inventories" / "lab" / "group_vars" / "all.yml"
 WORKLOAD = "fault"
 DISK = 2
 BLOCK = 4096
@@ -36,6 +39,17 @@ LIMIT_SECONDS = 420.0
 BEING_STARTED = ("ConnectionRefusedError", "FileNotFoundError", "ConnectionResetError", "closed the connection")
 SESSION_OVER = ("restarted", "disconnected", "not_fenced", "stale_epoch")
 UNITS = {"breqd": "breqd.service", "hold": "bmigrate-hold.service", "ship": "bmigrate-ship.service"}
+
+
+def workloads(streams: int) -> list[dict[str, Any]]:
+    """The workloads of the lab's inventory, the fault workload with this many streams."""
+    given = yaml.safe_load(INVENTORY.read_text())
+    changed: list[dict[str, Any]] = [
+        {**item, "hosts": given["bmigrate_lab_hosts"]} for item in given["bmigrate_workloads"]
+    ]
+    (mine,) = [item for item in changed if item["workload"] == WORKLOAD]
+    mine["streams"] = streams
+    return changed
 
 
 class Refused(AssertionError):
@@ -120,13 +134,17 @@ class Agent:
 class Rig:
     """Two deployed hosts; made once for all VM tests.
 
+    Args:
+        streams: of the fault workload's sessions.
+
     Attributes:
         lab: the lab's instance, up.
         times: what took how long, (name, seconds), for the summary at the end.
     """
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, streams: int = 1) -> None:
         self.lab = lab
+        self.streams = streams
         self.agents = {host: Agent(lab, host) for host in HOSTS}
         self.times: list[tuple[str, float]] = []
         self.volume = ""
@@ -164,8 +182,11 @@ class Rig:
 
     def deploy(self, *arguments: str) -> None:
         """Install on both hosts and bring the fault workload in step, by the shipped playbooks."""
-        install_once(self.lab)
+        extra = {"bmigrate_workloads": workloads(self.streams)} if self.streams != 1 else {}
+        install_once(self.lab, **extra)
         first = ["-e", f"bmigrate_initial_primary={HOSTS[0]}"]  # heeded only while no host has a role
+        if extra:
+            first += ["-e", json.dumps(extra)]
         self.playbook("sync.yml", "-e", f"bmigrate_workload={WORKLOAD}", *first, *arguments)
         self.find_volume()
         self.wait_in_step()

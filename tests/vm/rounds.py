@@ -149,6 +149,7 @@ class Round:
             written_bytes=counts["bytes"],
             redirtied=self.redirtied.total,
             drained_bytes=drained["bytes_shipped"],
+            barrier_seconds=round(drained["barrier_seconds"], 3),
             equal=result.equal,
             sha256=result.sha256[primary][:16],
             seconds=round(time.monotonic() - self._began, 1),

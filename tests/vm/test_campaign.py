@@ -9,7 +9,7 @@ import random
 import pytest
 
 from tests.campaign import judge
-from tests.campaign.faults import FAULTS, Fault, schedule
+from tests.campaign.faults import FAULTS, Fault
 from tests.campaign.judge import Violation
 from tests.campaign.stage import Stage
 from tests.vm.rig import BLOCK, DISK, Rig
@@ -73,11 +73,3 @@ def test_the_judge_sees_a_single_wrong_byte(rig: Rig) -> None:
             file.seek(place)
             file.write(byte)
     judge.nothing_is_missing(stage)
-
-
-def test_a_longer_campaign_begins_like_a_shorter() -> None:
-    """And every kind is in the first deck."""
-    deck = sum(fault.weight for fault in FAULTS)
-    assert schedule(3, 40) == schedule(3, 3 * deck)[:40]
-    assert {fault.name for fault in schedule(3, deck)} == {fault.name for fault in FAULTS}
-    assert schedule(3, deck) != schedule(4, deck)
