@@ -123,11 +123,14 @@ class Engine(threading.Thread):
             self._wake.notify_all()
 
     def pause(self, paused: bool) -> bool:
-        """Pause or go on, durably; returns whether that changed anything."""
+        """Pause or go on, durably; returns whether that changed anything.
+
+        Raises:
+            OSError: it could not be made durable, and nothing has changed.
+        """
         if self.record.paused == paused:
             return False
-        self.record.paused = paused
-        self.record.save()
+        self.record.change(paused=paused)
         self.wake()
         return True
 
@@ -142,13 +145,13 @@ class Engine(threading.Thread):
 
         Raises:
             UsageError: it is no number of bytes per second.
+            OSError: it could not be made durable, and nothing has changed.
         """
         if bandwidth is not None and (not isinstance(bandwidth, int) or isinstance(bandwidth, bool) or bandwidth < 0):
             raise UsageError(f"{bandwidth!r} is no number of bytes per second", reason="bad_limit")
         if self.record.bandwidth == bandwidth:
             return False
-        self.record.bandwidth = bandwidth
-        self.record.save()
+        self.record.change(bandwidth=bandwidth)
         self.pacer.set_bandwidth(self.bandwidth)
         return True
 
@@ -342,8 +345,7 @@ class Engine(threading.Thread):
         fresh = {name: item.seed_count for name, item in before.volumes.items()}
         if any(self.record.seeded.get(name) != count for name, count in fresh.items()):
             # the walk began after these seeds and visited everything, so each volume was shipped once
-            self.record.seeded.update(fresh)
-            self.record.save()
+            self.record.change(seeded={**self.record.seeded, **fresh})
         discarded = after.discarded_bytes - before.discarded_bytes if after.counting == before.counting else 0
         self.trend.finished(
             before.left_bytes, after.left_bytes, self.predicted(after), self.config.limits.max_drain_seconds, discarded
