@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 
 from bmigrate.common import atomic, paths
-from bmigrate.common.config import Config, Peer, Volume
 from bmigrate.ship.engine import Engine
 from bmigrate.ship.record import Record
-from bmigrate.ship.transport.openssh import OpenSSH
 
 
 def _full(*_: Any) -> None:
@@ -25,14 +23,6 @@ def _on_disk() -> dict[str, Any]:
     path = paths.state_dir("wl") / "ship.json"
     content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return content
-
-
-@pytest.fixture
-def engine(root: Path) -> Engine:
-    """A shipper that is not started."""
-    hosts = {"alpha": Peer("alpha", "10.77.0.1"), "beta": Peer("beta", "10.77.0.2")}
-    volumes = (Volume("data", {"alpha": "/dev/null", "beta": "/dev/null"}),)
-    return Engine(Config(workload="wl", host="alpha", hosts=hosts, volumes=volumes), OpenSSH("ssh"))
 
 
 def test_a_pause_or_a_limit_that_the_disk_did_not_take_is_none(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,7 +260,7 @@ class Engine(threading.Thread):
         log.event(_log, logging.INFO, "session", text, self.config.workload, peer=peer, epoch=session.epoch)
         self._attempt = 0
         self.last_error = None
-        self.trend.disconnected()
+        self._nothing_known()
         session.on_durable = self.totals.durable
         self.session = session
         farewell = False
@@ -341,7 +341,6 @@ class Engine(threading.Thread):
     def _passed(self, result: PassResult, before: Snapshot, after: Snapshot) -> None:
         """A pass is complete and durable: what does it say?"""
         self._limiter = result.limiter
-        self.pacer.losing = self.trend.unhelpful >= 1
         fresh = {name: item.seed_count for name, item in before.volumes.items()}
         if any(self.record.seeded.get(name) != count for name, count in fresh.items()):
             # the walk began after these seeds and visited everything, so each volume was shipped once
@@ -350,6 +349,12 @@ class Engine(threading.Thread):
         self.trend.finished(
             before.left_bytes, after.left_bytes, self.predicted(after), self.config.limits.max_drain_seconds, discarded
         )
+        self.pacer.losing = self.trend.slipping
+
+    def _nothing_known(self) -> None:
+        """What earlier passes said of this workload is over: a new session, or a comparison of everything."""
+        self.trend.disconnected()
+        self.pacer.losing = self.trend.slipping
 
     def predicted(self, snapshot: Snapshot | None) -> float | None:
         """Predicted seconds of a drain, or None when unknown."""
@@ -387,7 +392,7 @@ class Engine(threading.Thread):
             _log.warning("workload %s: volume %s is compared by checksum: %s", self.config.workload, name, reason)
         self.activity = "resyncing"
         self.progress = {"done_bytes": 0, "total_bytes": sum(volume.size_bytes for volume in volumes)}
-        self.trend.disconnected()
+        self._nothing_known()
         try:
             for volume in volumes:
                 self._resync_one(session, volume)

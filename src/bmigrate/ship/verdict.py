@@ -100,6 +100,14 @@ class Trend:
         else:
             self.unhelpful += 1
 
+    @property
+    def slipping(self) -> bool:
+        """The last pass did not help, and one more such pass is losing ground: no time for resting.
+
+        One pass earlier than the state, so that what is shown as losing ground is the workload's doing and not ours.
+        """
+        return self.unhelpful >= 1
+
     def disconnected(self) -> None:
         """A new session begins: nothing is known until a pass is complete."""
         self.unhelpful = 0
