@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import signal
 import threading
@@ -13,12 +14,14 @@ from typing import Any
 
 import pytest
 
-from bmigrate.common import rpc
+from bmigrate.common import log, rpc
 from bmigrate.common.config import Limits
 from bmigrate.common.errors import BmigrateError, PhaseError, RefusedError, SuspectError, UsageError
 from bmigrate.ship import drain, handshake, source
+from bmigrate.ship import engine as engines
 from bmigrate.ship.engine import Engine
 from bmigrate.ship.jobs import Job
+from bmigrate.ship.passes import PassResult
 from tests.unit.ship_world import GRANULE, World
 from tests.unit.standby_host import MIB, wait
 
@@ -541,6 +544,52 @@ def test_a_reverted_standby_is_compared(world: World) -> None:
     wait(lambda: world.breqd.items["wl", "data"].record.resyncs >= 1, "a resync")
     world.until(engine, "in_step")
     world.check_equal()
+
+
+def test_a_trim_while_it_ships_is_one_event_and_never_losing_ground(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """fstrim of nearly the whole volume goes on during three passes in a row, each of which leaves what it found."""
+    caplog.set_level(logging.INFO)
+    world = World(tmp_path, monkeypatch, limits=Limits(max_drain_seconds=1e-6))
+    trimmed = 7 * MIB
+    states: list[str] = []
+    run_pass, passed = engines.run_pass, Engine._passed
+    left = 3
+
+    def trimming(*arguments: Any, **keywords: Any) -> PassResult:
+        nonlocal left
+        result = run_pass(*arguments, **keywords)
+        if left:
+            left -= 1
+            world.discard(0, trimmed)
+            world.breqd.consume()
+        return result
+
+    def watched(self: Engine, *arguments: Any) -> None:
+        passed(self, *arguments)
+        states.append(self.state()[0])
+
+    def trims() -> list[Any]:
+        return [entry.__dict__ for entry in caplog.records if getattr(entry, "BMIGRATE_EVENT", "") == "trim"]
+
+    monkeypatch.setattr(engines, "run_pass", trimming)
+    monkeypatch.setattr(Engine, "_passed", watched)
+    try:
+        engine = world.engine()
+        world.until(engine, "in_step")
+        assert len(states) >= 4 and "losing_ground" not in states, states
+        (event,) = trims()
+        assert (event["BMIGRATE_WORKLOAD"], event["BMIGRATE_DISCARDED_BYTES"]) == ("wl", str(trimmed))
+        assert event["MESSAGE_ID"] == log.message_id("trim")
+        left = 1
+        world.write(0, os.urandom(GRANULE))
+        wait(lambda: len(trims()) == 2, "the event of the next trim")
+        world.until(engine, "in_step")
+        world.drain(engine)
+        world.check_equal()
+    finally:
+        world.close()
 
 
 def test_an_older_standby_gets_frames_that_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

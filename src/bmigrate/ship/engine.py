@@ -346,9 +346,13 @@ class Engine(threading.Thread):
             # the walk began after these seeds and visited everything, so each volume was shipped once
             self.record.change(seeded={**self.record.seeded, **fresh})
         discarded = after.discarded_bytes - before.discarded_bytes if after.counting == before.counting else 0
-        self.trend.finished(
+        trim = self.trend.finished(
             before.left_bytes, after.left_bytes, self.predicted(after), self.config.limits.max_drain_seconds, discarded
         )
+        if trim:
+            workload = self.config.workload
+            text = f"workload {workload}: {verdict.trimmed(discarded)}; it does not count as losing ground"
+            log.event(_log, logging.INFO, "trim", text, workload, discarded_bytes=discarded)
         self.pacer.losing = self.trend.slipping
 
     def _nothing_known(self) -> None:
