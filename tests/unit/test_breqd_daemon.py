@@ -314,9 +314,12 @@ def test_a_resync_goes_on_only_while_nothing_came_up(host: Host) -> None:
     host.call("suspect", workload="w", volume="a", reason="another")
     assert not begin(third)[1], "a suspicion came up since"
     fourth, _ = begin()
+    host.call("resync_end", workload="w", volume="a", resync_id=fourth)
+    assert not begin(fourth)[1], "it was finished; a shipper that was killed then still has the id on file"
+    fifth, _ = begin()
     host.kill()
     host.start()
-    assert not begin(fourth)[1], "another daemon"
+    assert not begin(fifth)[1], "another daemon"
 
 
 def test_the_module_lost_its_attachment_within_a_boot(host: Host) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import signal
@@ -16,12 +17,13 @@ import pytest
 
 from bmigrate.common import log, rpc
 from bmigrate.common.config import Limits
-from bmigrate.common.errors import BmigrateError, PhaseError, RefusedError, SuspectError, UsageError
+from bmigrate.common.errors import BmigrateError, PhaseError, RefusedError, SuspectError, UnreachableError, UsageError
 from bmigrate.ship import drain, handshake, source
 from bmigrate.ship import engine as engines
 from bmigrate.ship.engine import Engine
 from bmigrate.ship.jobs import Job
 from bmigrate.ship.passes import PassResult
+from bmigrate.ship.session import Session
 from tests.unit.ship_world import GRANULE, World
 from tests.unit.standby_host import MIB, wait
 
@@ -295,6 +297,64 @@ def test_resync_begins_anew_with_another_breqd(wide: World) -> None:
     assert engine.totals.hashed_bytes >= hashed + wide.volumes["data"]
     wide.until(engine, "in_step")
     wide.drain(engine)
+    wide.check_equal()
+
+
+def test_a_resync_that_ended_before_its_mark_proved_nothing(wide: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session dies when breqd has given an id and nothing is dirty yet: what is clean then is no proof."""
+    engine = wide.engine()
+    wide.until(engine, "in_step")
+    mark, died = Session.mark, threading.Event()
+
+    def dying(self: Session, volume: str, extents: Any, reason: str) -> None:
+        if reason == "resync" and not died.is_set():
+            died.set()
+            self.fail(UnreachableError("the link died", reason="link"))
+        mark(self, volume, extents, reason)
+
+    monkeypatch.setattr(Session, "mark", dying)
+    hashed = engine.totals.hashed_bytes
+    _missed_writes(wide)
+    wait(lambda: wide.breqd.items["wl", "data"].record.suspect is None, "the end of the resync")
+    assert died.is_set()
+    assert engine.totals.hashed_bytes >= hashed + wide.volumes["data"], "a block was believed that nobody compared"
+    wide.until(engine, "in_step")
+    wide.drain(engine)
+    wide.check_equal()
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_resync_goes_on_after_a_kill_of_the_shipper(wide: World, anew: bool) -> None:
+    """kill -9 in the middle: the next daemon goes on where it was, unless breqd was started again as well."""
+    wide.receiver_faults("receive.frame=delay:0.03")
+    first = wide.daemon()
+    socket = wide.directory / "alpha" / "run" / "ship.sock"
+    wait(lambda: _state(socket) == "in_step", "the seed", 60)
+    _missed_writes(wide)
+    size, record = wide.volumes["data"], wide.breqd.items["wl", "data"].record
+
+    def left() -> int:
+        """Bytes that are not proved."""
+        return wide.breqd.maps.dirty_bytes(("wl", "data")) + wide.breqd.maps.claimed_bytes(("wl", "data"))
+
+    wait(lambda: size // 2 < left(), "the mark of everything", 60)
+    wait(lambda: left() <= size - 8 * MIB, "a part of the resync to be durable", 60)
+    first.kill()
+    first.wait()
+    kept = left()
+    assert record.suspect is not None and record.resyncs == 0 and kept > GRANULE
+    if anew:
+        wide.breqd.restart()
+    wide.daemon()
+    wait(lambda: record.suspect is None, "the end of the resync", 60)
+    wait(lambda: _state(socket) == "in_step", "in step", 60)
+    hashed = int(rpc.call(socket, "status", workload="wl")["workloads"][0]["hashed_bytes_total"])
+    if anew:
+        assert hashed == size, "what another breqd had cleared was believed"
+    else:
+        assert hashed <= kept + GRANULE, "what was proved is compared again"
+    assert "resyncs" not in json.loads((wide.directory / "alpha" / "state" / "wl" / "ship.json").read_text())
+    rpc.call(socket, "drain", 60, workload="wl", run_id="r1")
     wide.check_equal()
 
 

@@ -76,8 +76,6 @@ class Engine(threading.Thread):
         self._drained: dict[str, dict[str, Any]] = {}
         self._unsealed: frozenset[str] = frozenset()
         self._told: str | None = None
-        #: Volume -> id of a resync that was begun and not finished.
-        self._resyncs: dict[str, str] = {}
         self._attempt = 0
         self._disconnected_since = time.monotonic()
         self._waiting = Waiting(self.pacer.urgent)
@@ -409,16 +407,44 @@ class Engine(threading.Thread):
         return True
 
     def _resync_one(self, session: Session, volume: SourceVolume) -> None:
-        def begun(identifier: str) -> None:
-            self._resyncs[volume.name] = identifier
+        name, identifier = volume.name, ""
+
+        def begun(given: str) -> None:
+            nonlocal identifier
+            identifier = given
 
         def already(count: int) -> None:
             if self.progress is not None:
                 self.progress["done_bytes"] += count
 
-        resume = self._resyncs.get(volume.name)
-        Resync(session, self.pacer, volume, self._interrupted, self._hashed, already, resume, begun).run()
-        self._resyncs.pop(volume.name, None)
+        def compared(count: int) -> None:
+            # Not when the resync begins: an id says that everything was made dirty since, and a session may end
+            # between breqd's answer and that mark. The first comparison comes behind the mark.
+            if self.record.resyncs.get(name) != identifier:
+                self._keep_resync(name, identifier)
+            self._hashed(count)
+
+        resume = self.record.resyncs.get(name)
+        Resync(session, self.pacer, volume, self._interrupted, compared, already, resume, begun).run()
+        self._keep_resync(name, None)
+
+    def _keep_resync(self, volume: str, identifier: str | None) -> None:
+        """Remember a resync under way, also over a kill of this daemon; None: it is done.
+
+        What can come in between, and why an id that is wrong does no harm: breqd goes on only with the very id that it
+        gave last for this volume, in this run of its process, if no suspicion came up since. Killed before the id is
+        kept: the next daemon has none, or an older one that breqd replaced. Killed after the end and before it is
+        forgotten: breqd has dropped it. breqd or the host died meanwhile: its ids are in its memory only. The standby
+        was written to or reverted meanwhile: it says so at the handshake, and then no id is shown to breqd at all.
+        """
+        resyncs = {name: kept for name, kept in self.record.resyncs.items() if name != volume}
+        if identifier is not None:
+            resyncs[volume] = identifier
+        try:
+            self.record.change(resyncs=resyncs)
+        except OSError as exc:
+            _log.warning("workload %s: a restart begins this resync anew: %s", self.config.workload, exc)
+            self.record.resyncs = resyncs
 
     def _hashed(self, count: int) -> None:
         self.totals.hashed_bytes += count

@@ -36,6 +36,8 @@ class Record:
         paused: set by the operator, kept over restarts.
         bandwidth: bytes per second set by the operator in place of the configuration's, 0: no limit; or None.
         seeded: volume -> number of the seed that was completely shipped once.
+        resyncs: volume -> breqd's id of a resync that was begun and not finished. Only a hint: breqd says whether an id
+            still stands for anything, so one that is lost or stale costs a comparison and proves nothing.
 
     Raises:
         DefectError: ship.json is damaged.
@@ -51,6 +53,7 @@ class Record:
         bandwidth = stored.get("bandwidth_bytes_per_second")
         self.bandwidth: int | None = None if bandwidth is None else int(bandwidth)
         self.seeded: dict[str, int] = {str(name): int(count) for name, count in stored.get("seeded", {}).items()}
+        self.resyncs: dict[str, str] = {str(name): str(key) for name, key in stored.get("resyncs", {}).items()}
         self.ack = 0
         self.damaged = False
         self._fd: int | None = None
@@ -73,7 +76,7 @@ class Record:
             self.ack = number
 
     def change(self, **fields: Any) -> None:
-        """Other values of ``session``, ``paused``, ``bandwidth`` or ``seeded``: durable, and only then
+        """Other values of ``session``, ``paused``, ``bandwidth``, ``seeded`` or ``resyncs``: durable, and only then
         believed here; from any thread (a pause comes from another one than a session).
 
         In this order, because whoever is told that a change failed tries again, and a value that is here and not on
@@ -89,6 +92,9 @@ class Record:
             bandwidth = fields.get("bandwidth", self.bandwidth)
             if bandwidth is not None:
                 content["bandwidth_bytes_per_second"] = bandwidth
+            resyncs = fields.get("resyncs", self.resyncs)
+            if resyncs:
+                content["resyncs"] = resyncs
             atomic.replace_json(self.path, content)
             for name, value in fields.items():
                 setattr(self, name, value)
