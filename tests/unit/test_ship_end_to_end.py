@@ -18,7 +18,7 @@ import pytest
 from bmigrate.common import log, rpc
 from bmigrate.common.config import Limits
 from bmigrate.common.errors import BmigrateError, PhaseError, RefusedError, SuspectError, UnreachableError, UsageError
-from bmigrate.ship import drain, handshake, source
+from bmigrate.ship import drain, handshake, source, verify
 from bmigrate.ship import engine as engines
 from bmigrate.ship.engine import Engine
 from bmigrate.ship.jobs import Job
@@ -429,6 +429,30 @@ def test_verify_is_quiet_under_writes_and_finds_damage(world: World) -> None:
     world.drain(engine)
     world.check_equal()
     world.no_help()
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_verify_of_a_replica_that_differs_nearly_everywhere(
+    wide: World, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """All of it is one extent; every other block is too much to list, and it says that there is more."""
+    monkeypatch.setattr(verify, "MAX_EXTENTS", 8)
+    engine = wide.engine()
+    wide.until(engine, "in_step")
+    size = wide.volumes["data"]
+    blocks = range(0, size // GRANULE, step)
+    with open(wide.replica(), "r+b") as stream:
+        for block in blocks:
+            stream.seek(block * GRANULE)
+            stream.write(b"\x5a" * GRANULE)
+    found = wide.job(engine, "verify")
+    if step == 1:
+        whole = {"volume": "data", "offset_bytes": 0, "length_bytes": len(blocks) * GRANULE}
+        assert (found["complete"], found["compared_bytes"], found["different_blocks"]) == (True, size, [whole])
+    else:
+        assert not found["complete"] and GRANULE <= found["different_bytes"] <= 8 * GRANULE
+        assert found["compared_bytes"] < size, "it goes on reading what it cannot keep"
+        assert {item["offset_bytes"] // GRANULE for item in found["different_blocks"]} <= set(blocks)
 
 
 def test_drain_proves_what_the_standby_has(world: World) -> None:
