@@ -9,6 +9,9 @@ import pytest
 
 from bmigrate.common import atomic, paths
 from bmigrate.common import state as states
+from bmigrate.common.config import Config, Peer, Volume
+from bmigrate.ship.engine import Engine
+from bmigrate.ship.transport.openssh import OpenSSH
 
 
 @pytest.fixture
@@ -28,3 +31,11 @@ def primary(root: Path) -> states.WorkloadState:
     atomic.make_directory(paths.state_dir("pg"))
     states.save(item)
     return item
+
+
+@pytest.fixture
+def engine(root: Path) -> Engine:
+    """The shipper of workload ``wl`` with the volume ``data``, not started."""
+    hosts = {"alpha": Peer("alpha", "10.77.0.1"), "beta": Peer("beta", "10.77.0.2")}
+    volumes = (Volume("data", {"alpha": "/dev/null", "beta": "/dev/null"}),)
+    return Engine(Config(workload="wl", host="alpha", hosts=hosts, volumes=volumes), OpenSSH("ssh"))

@@ -61,6 +61,7 @@ class _Item:
         self.record = _Record()
         self.records = 0
         self.written = 0
+        self.discarded = 0
         self.mirror = np.zeros(-(-size // GRANULE // 8), dtype=np.uint8)
         if len(self.mirror) * 8 * GRANULE < size:
             self.mirror = np.zeros(len(self.mirror) + 1, dtype=np.uint8)
@@ -72,6 +73,7 @@ class FakeBreqd:
 
     Attributes:
         log: completed writes that the maps do not know yet: (volume, offset, length).
+        discards: the same for discards.
         hold_log: while set, nothing but a barrier consumes the log.
         before_barrier: called when a barrier is asked for.
     """
@@ -81,6 +83,7 @@ class FakeBreqd:
         self.items = {(workload, name): _Item(workload, name, size) for name, size in volumes.items()}
         self.lock = threading.RLock()
         self.log: collections.deque[tuple[str, int, int]] = collections.deque()
+        self.discards: collections.deque[tuple[str, int, int]] = collections.deque()
         self.hold_log = threading.Event()
         self.before_barrier: Callable[[], None] = lambda: None
         self.seeds = 1
@@ -145,12 +148,14 @@ class FakeBreqd:
     def consume(self) -> None:
         """Everything in the log goes into the maps."""
         with self.lock:
-            while self.log:
-                name, offset, length = self.log.popleft()
-                item = next(entry for entry in self.items.values() if entry.key[1] == name)
-                self.maps.mark_extents(item.key, [[offset, length]], time.monotonic())
-                item.records += 1
-                item.written += length
+            for log, discard in ((self.log, False), (self.discards, True)):
+                while log:
+                    name, offset, length = log.popleft()
+                    item = next(entry for entry in self.items.values() if entry.key[1] == name)
+                    self.maps.mark_extents(item.key, [[offset, length]], time.monotonic())
+                    item.records += 1
+                    item.written += length
+                    item.discarded += length if discard else 0
 
     def _handle(self, connection: rpc.Connection, request: dict[str, Any]) -> dict[str, Any]:
         with self.lock:
@@ -173,7 +178,7 @@ class FakeBreqd:
                     "suspect": item.record.suspect, "attached": True, "attachment_id": "a1",
                     "oldest_dirty_age_seconds": 0.0 if oldest is None else time.monotonic() - oldest,
                     "written_bytes": item.written, "seed_count": self.seeds, "total_records": item.records,
-                    "highest_epoch": item.record.highest_epoch,
+                    "highest_epoch": item.record.highest_epoch, "discarded_bytes": item.discarded,
                 }
             )  # fmt: skip
         return {"incarnation": self.leases.incarnation, "volumes": volumes}
@@ -323,6 +328,11 @@ class World:
         if recorded:
             self.breqd.log.append((name, offset, len(data)))
             self.written_writes += 1
+
+    def discard(self, offset: int, length: int, name: str = "data") -> None:
+        """The file system trims: the device reads as zeroes there, and the discard is recorded."""
+        self.write(offset, bytes(length), name, recorded=False)
+        self.breqd.discards.append((name, offset, length))
 
     def random_write(self, hot: bool = True) -> None:
         """512 bytes to 64 KiB somewhere; half of them in a small hot part, some of them zeroes."""

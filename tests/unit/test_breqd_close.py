@@ -16,6 +16,7 @@ import pytest
 from bmigrate.common import rpc
 from bmigrate.common.errors import BmigrateError, RefusedError
 from tests.unit.breqd_harness import GRANULE, Host
+from tests.unit.standby_host import wait
 
 SIZES = {"a": 512 * GRANULE, "b": 70 * GRANULE}
 
@@ -226,3 +227,40 @@ def test_a_write_while_closing_withdraws_the_flag(host: Host, hold: Hold) -> Non
         thread.join(0.05)
     assert [error.reason for error in errors] == ["still_written"]
     assert not flag_of(host, "a").exists() and host.volume("a")["attached"]
+
+
+def _full_from_now_on(host: Host, attempts: int) -> None:
+    """The disk takes so many records no more, counted from the moment when each volume is taken over."""
+    host.kill()
+    numbers = range(len(SIZES) + 1, len(SIZES) + 1 + attempts)
+    host.start(",".join(f"breqd.track_replace=error:28@{number}" for number in numbers))
+
+
+def test_no_clean_flag_while_a_suspicion_is_not_on_disk(host: Host, hold: Hold) -> None:
+    """The next boot would believe the flag and know nothing of the suspicion."""
+    _full_from_now_on(host, 300)
+    with pytest.raises(RefusedError) as refused:
+        host.call("suspect", workload="w", volume="a", reason="the standby read back something else")
+    assert refused.value.reason == "os_error", "it was answered as durable"
+    assert "something else" in host.volume("a")["suspect"]
+    with pytest.raises(RefusedError) as refused:
+        host.call("clean_close", workload="w", volume="a")
+    assert refused.value.reason == "not_durable"
+    assert not flag_of(host, "a").exists() and host.volume("a")["attached"]
+    hold.close()
+    boot_in_good_order(host)
+    host.start()
+    assert host.volume("a")["suspect"] is not None
+
+
+def test_a_close_whose_end_is_not_noted_leaves_no_flag(host: Host, hold: Hold) -> None:
+    """The workload may be started again in this boot, and write what nobody records."""
+    _full_from_now_on(host, 1)
+    with pytest.raises(RefusedError):
+        host.call("clean_close", workload="w", volume="a")
+    assert not flag_of(host, "a").exists()
+    wait(lambda: host.volume("a")["attached"], "the volume to be tracked again")
+    assert host.volume("a")["suspect"] is not None
+    assert any(
+        entry["disk"] == str(host.devices["a"]) and not entry["draining"] for entry in host.kernel.entries.values()
+    ), "it is called tracked, and nobody records it"

@@ -7,6 +7,7 @@ acknowledges; the daemon dies again and again. At the end the replica equals the
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
@@ -19,6 +20,7 @@ import pytest
 from bmigrate.common.errors import BmigrateError, RefusedError, SuspectError, UnreachableError
 from bmigrate.kernel import abi
 from tests.unit.breqd_harness import GRANULE, Host
+from tests.unit.standby_host import wait
 
 SIZES = {"a": 20000 * GRANULE - 512, "b": 3000 * GRANULE}
 
@@ -314,9 +316,12 @@ def test_a_resync_goes_on_only_while_nothing_came_up(host: Host) -> None:
     host.call("suspect", workload="w", volume="a", reason="another")
     assert not begin(third)[1], "a suspicion came up since"
     fourth, _ = begin()
+    host.call("resync_end", workload="w", volume="a", resync_id=fourth)
+    assert not begin(fourth)[1], "it was finished; a shipper that was killed then still has the id on file"
+    fifth, _ = begin()
     host.kill()
     host.start()
-    assert not begin(fourth)[1], "another daemon"
+    assert not begin(fifth)[1], "another daemon"
 
 
 def test_the_module_lost_its_attachment_within_a_boot(host: Host) -> None:
@@ -510,6 +515,42 @@ def test_a_blind_tracker_says_so_and_is_never_in_step(host: Host) -> None:
     host.kill()
     host.start()
     assert "the tracker is blind" in host.volume("a")["suspect"]
+
+
+def _blind_on_a_full_disk(host: Host, room_after: int) -> None:
+    """The self test finds the tracker blind while that many attempts to write a record fail."""
+    host.start()
+    host.call("attach", workload="w", volume="a", mode="seed")
+    host.kill()
+    own = len(SIZES)  # each volume is taken over, and that is written
+    host.start(",".join(f"breqd.track_replace=error:28@{own + number}" for number in range(1, room_after + 1)))
+    host.kernel.sleeps = True
+    for number in range(6):
+        counted(host, 8 * number)
+        self_test(host)
+    assert "the tracker is blind" in host.volume("a")["suspect"]
+    assert host.process is not None and host.process.poll() is None, "the daemon of all volumes ended"
+
+
+def _suspect_on_disk(host: Host) -> bool:
+    return json.loads((host.root / "state" / "w" / "a.track.json").read_text())["suspect"] is not None
+
+
+def test_a_suspicion_that_the_disk_does_not_take_is_written_when_there_is_room(host: Host) -> None:
+    _blind_on_a_full_disk(host, 4)
+    note = host.root / "run" / "suspect" / "w" / "a"
+    wait(lambda: _suspect_on_disk(host), "the suspicion to be on disk")
+    wait(lambda: not note.exists(), "the end of its note")
+
+
+def test_a_suspicion_that_the_disk_does_not_take_survives_the_daemon(host: Host) -> None:
+    """The kernel's attachment does, and without the suspicion the next daemon would believe it."""
+    _blind_on_a_full_disk(host, 300)
+    assert not _suspect_on_disk(host)
+    host.kill()
+    host.start()
+    assert "the tracker is blind" in host.volume("a")["suspect"] and _suspect_on_disk(host)
+    assert host.volume("b")["suspect"] is None
 
 
 def test_a_drain_is_refused_when_a_single_write_was_not_seen(host: Host) -> None:

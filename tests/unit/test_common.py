@@ -195,6 +195,26 @@ def test_merged_ranges_cover_the_same_bytes_once(items: list[tuple[int, int]]) -
     assert all(first[0] + first[1] < second[0] for first, second in zip(merged, merged[1:]))
 
 
+RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=12)
+
+
+def _bytes_of(items: list[tuple[int, int]]) -> list[int]:
+    return [byte for offset, length in items for byte in range(offset, offset + length)]
+
+
+@given(RANGES, RANGES, st.sampled_from([1, 4, 7]))
+def test_ranges_are_cut_like_sets(left: list[tuple[int, int]], right: list[tuple[int, int]], unit: int) -> None:
+    """Intersection, difference and widening, byte for byte; nothing comes out empty, or twice."""
+    left, right = ranges.merge(left), ranges.merge(right)
+    inside, outside = ranges.intersect(left, right), ranges.subtract(left, right)
+    assert all(length > 0 for _, length in inside + outside)
+    assert sorted(_bytes_of(inside) + _bytes_of(outside)) == _bytes_of(left)
+    assert set(_bytes_of(inside)) == set(_bytes_of(left)) & set(_bytes_of(right))
+    wide = ranges.widen(left, unit)
+    assert {byte // unit for byte in _bytes_of(wide)} == {byte // unit for byte in _bytes_of(left)}
+    assert all(offset % unit == 0 and length % unit == 0 for offset, length in wide)
+
+
 def test_a_flush_is_no_write_and_a_sector_is() -> None:
     before = blockdev.WriteCounters(5, 80, 1, 8, True)
     assert blockdev.WriteCounters(6, 80, 1, 8, True).same_content(before)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
 import os
 import signal
 import threading
@@ -13,12 +15,15 @@ from typing import Any
 
 import pytest
 
-from bmigrate.common import rpc
+from bmigrate.common import log, rpc
 from bmigrate.common.config import Limits
-from bmigrate.common.errors import BmigrateError, PhaseError, RefusedError, SuspectError, UsageError
-from bmigrate.ship import drain, handshake, source
+from bmigrate.common.errors import BmigrateError, PhaseError, RefusedError, SuspectError, UnreachableError, UsageError
+from bmigrate.ship import drain, handshake, source, verify
+from bmigrate.ship import engine as engines
 from bmigrate.ship.engine import Engine
 from bmigrate.ship.jobs import Job
+from bmigrate.ship.passes import PassResult
+from bmigrate.ship.session import Session
 from tests.unit.ship_world import GRANULE, World
 from tests.unit.standby_host import MIB, wait
 
@@ -295,6 +300,64 @@ def test_resync_begins_anew_with_another_breqd(wide: World) -> None:
     wide.check_equal()
 
 
+def test_a_resync_that_ended_before_its_mark_proved_nothing(wide: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session dies when breqd has given an id and nothing is dirty yet: what is clean then is no proof."""
+    engine = wide.engine()
+    wide.until(engine, "in_step")
+    mark, died = Session.mark, threading.Event()
+
+    def dying(self: Session, volume: str, extents: Any, reason: str) -> None:
+        if reason == "resync" and not died.is_set():
+            died.set()
+            self.fail(UnreachableError("the link died", reason="link"))
+        mark(self, volume, extents, reason)
+
+    monkeypatch.setattr(Session, "mark", dying)
+    hashed = engine.totals.hashed_bytes
+    _missed_writes(wide)
+    wait(lambda: wide.breqd.items["wl", "data"].record.suspect is None, "the end of the resync")
+    assert died.is_set()
+    assert engine.totals.hashed_bytes >= hashed + wide.volumes["data"], "a block was believed that nobody compared"
+    wide.until(engine, "in_step")
+    wide.drain(engine)
+    wide.check_equal()
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_resync_goes_on_after_a_kill_of_the_shipper(wide: World, anew: bool) -> None:
+    """kill -9 in the middle: the next daemon goes on where it was, unless breqd was started again as well."""
+    wide.receiver_faults("receive.frame=delay:0.03")
+    first = wide.daemon()
+    socket = wide.directory / "alpha" / "run" / "ship.sock"
+    wait(lambda: _state(socket) == "in_step", "the seed", 60)
+    _missed_writes(wide)
+    size, record = wide.volumes["data"], wide.breqd.items["wl", "data"].record
+
+    def left() -> int:
+        """Bytes that are not proved."""
+        return wide.breqd.maps.dirty_bytes(("wl", "data")) + wide.breqd.maps.claimed_bytes(("wl", "data"))
+
+    wait(lambda: size // 2 < left(), "the mark of everything", 60)
+    wait(lambda: left() <= size - 8 * MIB, "a part of the resync to be durable", 60)
+    first.kill()
+    first.wait()
+    kept = left()
+    assert record.suspect is not None and record.resyncs == 0 and kept > GRANULE
+    if anew:
+        wide.breqd.restart()
+    wide.daemon()
+    wait(lambda: record.suspect is None, "the end of the resync", 60)
+    wait(lambda: _state(socket) == "in_step", "in step", 60)
+    hashed = int(rpc.call(socket, "status", workload="wl")["workloads"][0]["hashed_bytes_total"])
+    if anew:
+        assert hashed == size, "what another breqd had cleared was believed"
+    else:
+        assert hashed <= kept + GRANULE, "what was proved is compared again"
+    assert "resyncs" not in json.loads((wide.directory / "alpha" / "state" / "wl" / "ship.json").read_text())
+    rpc.call(socket, "drain", 60, workload="wl", run_id="r1")
+    wide.check_equal()
+
+
 def test_foreign_write_on_the_standby_is_found_and_repaired(world: World) -> None:
     """hold saw the write counter move outside a session: both sides distrust the copy until it was compared."""
     engine = world.engine()
@@ -366,6 +429,30 @@ def test_verify_is_quiet_under_writes_and_finds_damage(world: World) -> None:
     world.drain(engine)
     world.check_equal()
     world.no_help()
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_verify_of_a_replica_that_differs_nearly_everywhere(
+    wide: World, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """All of it is one extent; every other block is too much to list, and it says that there is more."""
+    monkeypatch.setattr(verify, "MAX_EXTENTS", 8)
+    engine = wide.engine()
+    wide.until(engine, "in_step")
+    size = wide.volumes["data"]
+    blocks = range(0, size // GRANULE, step)
+    with open(wide.replica(), "r+b") as stream:
+        for block in blocks:
+            stream.seek(block * GRANULE)
+            stream.write(b"\x5a" * GRANULE)
+    found = wide.job(engine, "verify")
+    if step == 1:
+        whole = {"volume": "data", "offset_bytes": 0, "length_bytes": len(blocks) * GRANULE}
+        assert (found["complete"], found["compared_bytes"], found["different_blocks"]) == (True, size, [whole])
+    else:
+        assert not found["complete"] and GRANULE <= found["different_bytes"] <= 8 * GRANULE
+        assert found["compared_bytes"] < size, "it goes on reading what it cannot keep"
+        assert {item["offset_bytes"] // GRANULE for item in found["different_blocks"]} <= set(blocks)
 
 
 def test_drain_proves_what_the_standby_has(world: World) -> None:
@@ -541,6 +628,52 @@ def test_a_reverted_standby_is_compared(world: World) -> None:
     wait(lambda: world.breqd.items["wl", "data"].record.resyncs >= 1, "a resync")
     world.until(engine, "in_step")
     world.check_equal()
+
+
+def test_a_trim_while_it_ships_is_one_event_and_never_losing_ground(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """fstrim of nearly the whole volume goes on during three passes in a row, each of which leaves what it found."""
+    caplog.set_level(logging.INFO)
+    world = World(tmp_path, monkeypatch, limits=Limits(max_drain_seconds=1e-6))
+    trimmed = 7 * MIB
+    states: list[str] = []
+    run_pass, passed = engines.run_pass, Engine._passed
+    left = 3
+
+    def trimming(*arguments: Any, **keywords: Any) -> PassResult:
+        nonlocal left
+        result = run_pass(*arguments, **keywords)
+        if left:
+            left -= 1
+            world.discard(0, trimmed)
+            world.breqd.consume()
+        return result
+
+    def watched(self: Engine, *arguments: Any) -> None:
+        passed(self, *arguments)
+        states.append(self.state()[0])
+
+    def trims() -> list[Any]:
+        return [entry.__dict__ for entry in caplog.records if getattr(entry, "BMIGRATE_EVENT", "") == "trim"]
+
+    monkeypatch.setattr(engines, "run_pass", trimming)
+    monkeypatch.setattr(Engine, "_passed", watched)
+    try:
+        engine = world.engine()
+        world.until(engine, "in_step")
+        assert len(states) >= 4 and "losing_ground" not in states, states
+        (event,) = trims()
+        assert (event["BMIGRATE_WORKLOAD"], event["BMIGRATE_DISCARDED_BYTES"]) == ("wl", str(trimmed))
+        assert event["MESSAGE_ID"] == log.message_id("trim")
+        left = 1
+        world.write(0, os.urandom(GRANULE))
+        wait(lambda: len(trims()) == 2, "the event of the next trim")
+        world.until(engine, "in_step")
+        world.drain(engine)
+        world.check_equal()
+    finally:
+        world.close()
 
 
 def test_an_older_standby_gets_frames_that_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

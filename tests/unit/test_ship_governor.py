@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -166,3 +169,45 @@ def test_write_times_of_a_device_and_of_none() -> None:
     for major, minor in numbers[:1]:
         times = gentle.write_times(os.makedev(int(major), int(minor)))
         assert times is not None and times[0] >= 0 and times[1] >= 0
+
+
+# -- the I/O class -----------------------------------------------------------------------------------
+
+IOPRIO_GET = {"x86_64": 252, "aarch64": 31, "riscv64": 31, "loongarch64": 31, "ppc64le": 274, "s390x": 283}
+
+
+def _io_class() -> int:
+    """The class of the calling thread, from the kernel (ioprio_get(2))."""
+    value = ctypes.CDLL(None, use_errno=True).syscall(IOPRIO_GET[platform.machine()], 1, 0)
+    assert value >= 0, os.strerror(ctypes.get_errno())
+    return int(value) >> 13
+
+
+def test_the_idle_class_is_the_threads_and_not_the_processs() -> None:
+    """Only who reads stands back: the classes are set and read back in a thread of its own."""
+    before = _io_class()
+    with ThreadPoolExecutor(1) as reader:
+        for wanted in (gentle.CLASS_IDLE, gentle.CLASS_NONE, gentle.CLASS_IDLE):
+            assert reader.submit(gentle.set_io_class, wanted).result()
+            assert reader.submit(_io_class).result() == wanted
+    assert _io_class() == before
+
+
+def test_the_idle_class_ends_when_nobody_may_come_first_any_more() -> None:
+    """In a hurry, and while passes do not help, the reader stands in line like everybody; back to idle afterwards."""
+    polite = pacer.Pacer(0)
+    with ThreadPoolExecutor(1) as reader:
+
+        def entered() -> int:
+            reader.submit(polite.enter).result()
+            return reader.submit(_io_class).result()
+
+        assert entered() == gentle.CLASS_IDLE
+        polite.losing = True
+        assert entered() == gentle.CLASS_NONE, "still behind the workload that it loses ground to"
+        polite.losing = False
+        assert entered() == gentle.CLASS_IDLE
+        polite.urgent.set()
+        assert entered() == gentle.CLASS_NONE
+        polite.urgent.clear()
+        assert entered() == gentle.CLASS_IDLE

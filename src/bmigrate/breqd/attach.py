@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bmigrate.breqd import bitmapfile, cleanflag, placement, settle, track
+from bmigrate.breqd import bitmapfile, cleanflag, placement, settle, track, unsaved
 from bmigrate.breqd.bitmapfile import BitmapFile
 from bmigrate.breqd.maps import Key
 from bmigrate.breqd.selftest import Witness
@@ -190,9 +190,11 @@ class Attacher:
             )
         verdict = track.judge(known, facts)
         record = known or Track(*key)
-        if verdict.suspect:
-            record.raise_suspicion(verdict.suspect)
-            text = f"volume {key[0]}/{key[1]} is suspect: {verdict.suspect}"
+        # One that an earlier daemon could not write: the verdict knows nothing of it.
+        doubt = verdict.suspect or unsaved.read(key)
+        if doubt:
+            record.raise_suspicion(doubt)
+            text = f"volume {key[0]}/{key[1]} is suspect: {doubt}"
             log.event(LOG, logging.WARNING, "suspect", text, key[0], volume=key[1])
         if bitmap is None or verdict.bitmap != "keep":
             bitmap = self._new_bitmap(key, path, facts.identity, granule, verdict)
@@ -249,6 +251,7 @@ class Attacher:
         if not same:
             record.attachment, record.attached_at = f"{entry.attachment_id:016x}", time.time()
         record.save()
+        unsaved.forget(key)
         item = Tracked(
             key,
             device,

@@ -329,7 +329,7 @@ class Requests:
     def clean_close(self, connection: Connection, request: Request) -> Answer:
         """{workload, volume}: write the clean flag and detach; only while hold owns the device.
 
-        The shutdown unit's, after unmount. Raises RefusedError ``not_held`` or ``still_written``.
+        The shutdown unit's, after unmount. Raises RefusedError ``not_held``, ``still_written`` or ``not_durable``.
         """
         key = _key(request)
         item = self.tracker.get(key)
@@ -341,6 +341,7 @@ class Requests:
 
         def close() -> Answer:
             self.tracker.require_sight(item)
+            self.tracker.require_durable(item)
             self.tracker.maps.give_back(key)
             item.bitmap.sync()
             records = item.records
@@ -365,8 +366,15 @@ class Requests:
                         hint="something writes past hold; the volume will be suspect",
                         reason="still_written",
                     )
-                self.tracker.stop_recording(key)
-                self.tracker.finish_detach(item)
+                try:
+                    # One that came up since: the flag would be believed at the next boot, and it not be known.
+                    self.tracker.require_durable(item)
+                    self.tracker.stop_recording(key)
+                    self.tracker.finish_detach(item)
+                except (BmigrateError, OSError):
+                    # Also when the end of the tracking is not noted: the volume may be used again in this boot.
+                    cleanflag.withdraw(*key)
+                    raise
                 self.daemon.released.add(key)
                 return {"clean": True}
 

@@ -2,7 +2,8 @@
 """The volumes under tracking: records into maps, suspicion, resync, detach.
 
 Promises: when ``apply`` returns, a batch is in the maps and may be consumed; a suspicion is durable
-before it is answered, and a resync clears it only if no other came up meanwhile. It must never
+before it is answered, one that the disk does not take stays one (unsaved.py) and no clean flag is written before it
+is durable, and a resync clears it only if no other came up meanwhile. It must never
 detach a volume on its own while the daemon stops or restarts. How a volume comes here: attach.py.
 """
 
@@ -14,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from bmigrate.breqd import track
+from bmigrate.breqd import track, unsaved
 from bmigrate.breqd.bitmapfile import BitmapFile
 from bmigrate.breqd.maps import Key, Maps
 from bmigrate.breqd.records import Slots
@@ -44,6 +45,7 @@ class Tracked:
             discarded ones are among the written.
         sectors: size of the volume when it was attached, 512 bytes each.
         witness: whether its writes are seen to be recorded.
+        unsaved: a suspicion of ``record`` is not on disk.
     """
 
     key: Key
@@ -65,6 +67,7 @@ class Tracked:
     widened_bytes: int = 0
     discarded_bytes: int = 0
     seen_events: set[str] = field(default_factory=set)
+    unsaved: bool = False
 
     @property
     def suspect(self) -> str | None:
@@ -130,16 +133,24 @@ class Tracker:
         if self.volumes.get(item.key) is not item:
             return  # attached anew meanwhile
         item.record.attachment = None
-        item.record.save()
-        self.forget(item.key)
+        try:
+            self._save(item)
+        finally:
+            # The kernel records nothing any more: a volume that stays here would pass for tracked. The record on disk
+            # names an attachment that never comes back.
+            self.forget(item.key)
 
     def give_up(self, item: Tracked, entry: Attachment | None) -> None:
         """An attachment that no longer records what it should: note it, and let go of it."""
-        self.suspect(item.key, item.lost or "the attachment was replaced: the device is another one now")
+        self._raise(item, item.lost or "the attachment was replaced: the device is another one now")
         if entry is not None and not entry.draining:
             self.require_control().detach(entry.slot, entry.attachment_id)
         item.record.attachment = None
-        item.record.save()
+        try:
+            self._save(item)
+        except OSError as exc:
+            # As above: without this, the next attach finds a record of an attachment that is gone, and is suspect.
+            LOG.error("volume %s/%s: given up, and its record cannot be written: %s", *item.key, exc)
         self.forget(item.key)
 
     def put(self, item: Tracked) -> None:
@@ -169,13 +180,63 @@ class Tracker:
     # --- suspicion -------------------------------------------------------------------------------
 
     def suspect(self, key: Key, reason: str) -> None:
-        """Note durably that writes of a volume may have been missed."""
+        """Note durably that writes of a volume may have been missed.
+
+        Raises:
+            OSError: it is not durable. A tracked volume is suspect all the same, and ``poll`` tries again.
+        """
         item = self.volumes.get(key)
         record = item.record if item else track.load(*key) or Track(*key)
         record.raise_suspicion(reason)
-        record.save()
         text = f"volume {key[0]}/{key[1]} is suspect: {reason}"
         log.event(LOG, logging.WARNING, "suspect", text, key[0], volume=key[1])
+        if item is None:
+            record.save()
+            return
+        try:
+            self._save(item)
+        except OSError as exc:
+            if not item.unsaved:
+                LOG.error("volume %s/%s: the suspicion cannot be written: %s; trying again", *key, exc)
+            item.unsaved = True
+            try:
+                unsaved.note(key, reason)
+            except OSError as other:
+                LOG.error("volume %s/%s: nor noted: %s; it is suspect while this daemon lives", *key, other)
+            raise
+
+    def _raise(self, item: Tracked, reason: str) -> None:
+        """``suspect`` where nobody waits for an answer: the daemon, and the volumes beside this one, go on."""
+        try:
+            self.suspect(item.key, reason)
+        except OSError as exc:
+            LOG.debug("volume %s/%s: %s", *item.key, exc)  # said by suspect, and tried again by poll
+
+    def _save(self, item: Tracked) -> None:
+        """Make the record of a volume durable, and with it every suspicion."""
+        item.record.save()
+        if item.unsaved:
+            item.unsaved = False
+            unsaved.forget(item.key)
+            LOG.info("volume %s/%s: the suspicion is on disk now", *item.key)
+
+    def require_durable(self, item: Tracked) -> None:
+        """Refuse while a suspicion of the volume is not on disk: what is written after it must not outlive it.
+
+        Raises:
+            RefusedError: reason ``not_durable``.
+        """
+        if not item.unsaved:
+            return
+        try:
+            self._save(item)
+        except OSError as exc:
+            raise RefusedError(
+                f"the suspicion of the volume cannot be written: {exc}",
+                volume=item.key[1],
+                hint=f"make room on the disk of {paths.state()}",
+                reason="not_durable",
+            ) from exc
 
     def poll(self) -> None:
         """Ask the kernel what became of the attachments; removal and growth of a disk are suspicions."""
@@ -183,6 +244,11 @@ class Tracker:
             return
         entries = {entry.attachment_id: entry for entry in self.control.list() if not entry.draining}
         for item in list(self.volumes.values()):
+            if item.unsaved:
+                try:
+                    self._save(item)
+                except OSError as exc:
+                    LOG.debug("volume %s/%s: still not: %s", *item.key, exc)
             entry = entries.get(item.attachment_id)
             if item.closing:
                 continue
@@ -204,7 +270,7 @@ class Tracker:
         if events not in item.seen_events:
             item.seen_events.add(events)
             item.lost = events
-            self.suspect(item.key, events)
+            self._raise(item, events)
 
     def look(self, item: Tracked) -> None:
         """Is it still the same device, and is what the kernel counts for it recorded? If not, it is a suspicion."""
@@ -236,7 +302,7 @@ class Tracker:
         if item.witness.blind and before != "blind":
             text = f"volume {item.key[0]}/{item.key[1]}: THE TRACKER IS BLIND: {item.witness.blind}"
             log.event(LOG, logging.CRITICAL, "blind", text, item.key[0], volume=item.key[1])
-            self.suspect(item.key, f"the tracker is blind: {item.witness.blind}")
+            self._raise(item, f"the tracker is blind: {item.witness.blind}")
         elif item.witness.state != before:
             LOG.info("volume %s/%s: self test: %s", *item.key, item.witness.state)
 
@@ -245,6 +311,7 @@ class Tracker:
 
         Raises:
             SuspectError: reason ``blind`` or ``lost``; durable before it is raised.
+            OSError: it could not be made durable.
         """
         self.look(item)
         if item.lost:
@@ -296,7 +363,7 @@ class Tracker:
             )
         item.record.suspect = None
         item.record.resync_count += 1
-        item.record.save()
+        self._save(item)
 
     # --- small -----------------------------------------------------------------------------------
 

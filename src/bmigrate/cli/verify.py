@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command.
 
     Raises:
-        RefusedError: reason ``different``.
+        RefusedError: reason ``different``, or ``incomplete``: too much may differ to say.
     """
     workload = arguments.workload
     over = threading.Event()
@@ -50,6 +50,16 @@ def run(arguments: argparse.Namespace) -> int:
         shower.join(2.0)
     data = {key: value for key, value in answer.items() if key not in ("v", "id", "ok")}
     compared = bars.size(data["compared_bytes"])
+    complete = data.get("complete", True)
+    at_least = "" if complete else "at least "
+    if not complete and not data["different_bytes"]:
+        error = RefusedError(
+            f"after {compared} there were more places that may differ than fit in memory: not all was compared",
+            hint="wait until the workload is in step, and verify again",
+            reason="incomplete",
+        )
+        output.emit(data, workload=workload, error=error, as_json=arguments.json)
+        return error.exit_code
     if not data["different_bytes"]:
         busy = f" ({bars.size(data['busy_bytes'])} never stood still)" if data["busy_bytes"] else ""
         text = f"workload {workload}: {compared} compared, equal{busy}"
@@ -60,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     marked = bool(data["marked"])
     error = RefusedError(
-        f"{bars.size(data['different_bytes'])} of {compared} differ: {places}",
+        f"{at_least}{bars.size(data['different_bytes'])} of {compared} differ: {places}",
         volume=data["different_blocks"][0]["volume"],
         hint="they are marked and will be shipped again; find out who wrote to the standby's device"
         if marked

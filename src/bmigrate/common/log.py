@@ -21,6 +21,7 @@ EVENTS = {
     "session": "a session with the standby began",
     "suspect": "tracking may have missed writes of a volume",
     "blind": "the kernel module did not record what the device wrote",
+    "trim": "the workload discarded so much that the passes meanwhile say nothing about who is faster",
     "untracked": "a volume of a primary is not tracked",
 }
 _NAMESPACE = uuid.UUID("3d0c2a57-8a5e-4b7e-9a43-2f2f6a1c7e10")

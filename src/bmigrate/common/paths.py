@@ -57,6 +57,11 @@ def clean_flag(workload: str, volume: str) -> Path:
     return state_dir(workload) / f"{volume}.clean"
 
 
+def suspicion_note(workload: str, volume: str) -> Path:
+    """A suspicion that the disk did not take yet."""
+    return run() / "suspect" / workload / volume
+
+
 def breqd_socket() -> Path:
     """Socket of the tracking daemon."""
     return run() / "breqd.sock"

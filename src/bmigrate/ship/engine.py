@@ -76,8 +76,6 @@ class Engine(threading.Thread):
         self._drained: dict[str, dict[str, Any]] = {}
         self._unsealed: frozenset[str] = frozenset()
         self._told: str | None = None
-        #: Volume -> id of a resync that was begun and not finished.
-        self._resyncs: dict[str, str] = {}
         self._attempt = 0
         self._disconnected_since = time.monotonic()
         self._waiting = Waiting(self.pacer.urgent)
@@ -123,11 +121,14 @@ class Engine(threading.Thread):
             self._wake.notify_all()
 
     def pause(self, paused: bool) -> bool:
-        """Pause or go on, durably; returns whether that changed anything."""
+        """Pause or go on, durably; returns whether that changed anything.
+
+        Raises:
+            OSError: it could not be made durable, and nothing has changed.
+        """
         if self.record.paused == paused:
             return False
-        self.record.paused = paused
-        self.record.save()
+        self.record.change(paused=paused)
         self.wake()
         return True
 
@@ -142,13 +143,13 @@ class Engine(threading.Thread):
 
         Raises:
             UsageError: it is no number of bytes per second.
+            OSError: it could not be made durable, and nothing has changed.
         """
         if bandwidth is not None and (not isinstance(bandwidth, int) or isinstance(bandwidth, bool) or bandwidth < 0):
             raise UsageError(f"{bandwidth!r} is no number of bytes per second", reason="bad_limit")
         if self.record.bandwidth == bandwidth:
             return False
-        self.record.bandwidth = bandwidth
-        self.record.save()
+        self.record.change(bandwidth=bandwidth)
         self.pacer.set_bandwidth(self.bandwidth)
         return True
 
@@ -257,7 +258,7 @@ class Engine(threading.Thread):
         log.event(_log, logging.INFO, "session", text, self.config.workload, peer=peer, epoch=session.epoch)
         self._attempt = 0
         self.last_error = None
-        self.trend.disconnected()
+        self._nothing_known()
         session.on_durable = self.totals.durable
         self.session = session
         farewell = False
@@ -338,16 +339,24 @@ class Engine(threading.Thread):
     def _passed(self, result: PassResult, before: Snapshot, after: Snapshot) -> None:
         """A pass is complete and durable: what does it say?"""
         self._limiter = result.limiter
-        self.pacer.losing = self.trend.unhelpful >= 1
         fresh = {name: item.seed_count for name, item in before.volumes.items()}
         if any(self.record.seeded.get(name) != count for name, count in fresh.items()):
             # the walk began after these seeds and visited everything, so each volume was shipped once
-            self.record.seeded.update(fresh)
-            self.record.save()
+            self.record.change(seeded={**self.record.seeded, **fresh})
         discarded = after.discarded_bytes - before.discarded_bytes if after.counting == before.counting else 0
-        self.trend.finished(
+        trim = self.trend.finished(
             before.left_bytes, after.left_bytes, self.predicted(after), self.config.limits.max_drain_seconds, discarded
         )
+        if trim:
+            workload = self.config.workload
+            text = f"workload {workload}: {verdict.trimmed(discarded)}; it does not count as losing ground"
+            log.event(_log, logging.INFO, "trim", text, workload, discarded_bytes=discarded)
+        self.pacer.losing = self.trend.slipping
+
+    def _nothing_known(self) -> None:
+        """What earlier passes said of this workload is over: a new session, or a comparison of everything."""
+        self.trend.disconnected()
+        self.pacer.losing = self.trend.slipping
 
     def predicted(self, snapshot: Snapshot | None) -> float | None:
         """Predicted seconds of a drain, or None when unknown."""
@@ -385,7 +394,7 @@ class Engine(threading.Thread):
             _log.warning("workload %s: volume %s is compared by checksum: %s", self.config.workload, name, reason)
         self.activity = "resyncing"
         self.progress = {"done_bytes": 0, "total_bytes": sum(volume.size_bytes for volume in volumes)}
-        self.trend.disconnected()
+        self._nothing_known()
         try:
             for volume in volumes:
                 self._resync_one(session, volume)
@@ -398,16 +407,44 @@ class Engine(threading.Thread):
         return True
 
     def _resync_one(self, session: Session, volume: SourceVolume) -> None:
-        def begun(identifier: str) -> None:
-            self._resyncs[volume.name] = identifier
+        name, identifier = volume.name, ""
+
+        def begun(given: str) -> None:
+            nonlocal identifier
+            identifier = given
 
         def already(count: int) -> None:
             if self.progress is not None:
                 self.progress["done_bytes"] += count
 
-        resume = self._resyncs.get(volume.name)
-        Resync(session, self.pacer, volume, self._interrupted, self._hashed, already, resume, begun).run()
-        self._resyncs.pop(volume.name, None)
+        def compared(count: int) -> None:
+            # Not when the resync begins: an id says that everything was made dirty since, and a session may end
+            # between breqd's answer and that mark. The first comparison comes behind the mark.
+            if self.record.resyncs.get(name) != identifier:
+                self._keep_resync(name, identifier)
+            self._hashed(count)
+
+        resume = self.record.resyncs.get(name)
+        Resync(session, self.pacer, volume, self._interrupted, compared, already, resume, begun).run()
+        self._keep_resync(name, None)
+
+    def _keep_resync(self, volume: str, identifier: str | None) -> None:
+        """Remember a resync under way, also over a kill of this daemon; None: it is done.
+
+        What can come in between, and why an id that is wrong does no harm: breqd goes on only with the very id that it
+        gave last for this volume, in this run of its process, if no suspicion came up since. Killed before the id is
+        kept: the next daemon has none, or an older one that breqd replaced. Killed after the end and before it is
+        forgotten: breqd has dropped it. breqd or the host died meanwhile: its ids are in its memory only. The standby
+        was written to or reverted meanwhile: it says so at the handshake, and then no id is shown to breqd at all.
+        """
+        resyncs = {name: kept for name, kept in self.record.resyncs.items() if name != volume}
+        if identifier is not None:
+            resyncs[volume] = identifier
+        try:
+            self.record.change(resyncs=resyncs)
+        except OSError as exc:
+            _log.warning("workload %s: a restart begins this resync anew: %s", self.config.workload, exc)
+            self.record.resyncs = resyncs
 
     def _hashed(self, count: int) -> None:
         self.totals.hashed_bytes += count

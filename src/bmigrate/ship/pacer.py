@@ -35,7 +35,8 @@ class Pacer:
         services: of the workload, as systemd names them: whose waiting for I/O counts.
 
     Attributes:
-        urgent: a handover converges or drains. losing: passes do not help; to rest would only make it worse.
+        urgent: a handover converges or drains. losing: passes do not help; to rest, or to stand back for everybody
+            else (the idle class), would only make it worse.
         foreground_writes: the workload writes.
     """
 
@@ -67,7 +68,8 @@ class Pacer:
 
     def enter(self) -> None:
         """Set the I/O class of the calling thread as it must be now; to be called by who reads, before each claim."""
-        wanted = gentle.CLASS_NONE if self.urgent.is_set() else gentle.CLASS_IDLE
+        hurried = self.urgent.is_set() or self.losing
+        wanted = gentle.CLASS_NONE if hurried else gentle.CLASS_IDLE
         if wanted != getattr(self._thread, "io_class", None):
             gentle.set_io_class(wanted)
             self._thread.io_class = wanted

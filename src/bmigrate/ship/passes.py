@@ -35,6 +35,7 @@ MAX_ZERO_BYTES = 1 << 30
 MAX_ZERO_BYTES_DRAIN = 32 << 20
 """A piece of a drain is read back as a whole: not longer than the receiver re-reads at once."""
 ZERO_HOLD_SECONDS = 0.5
+"""A run that is older is sent with whatever comes next: until then its claims count as lag."""
 LANE_BYTES = 2 * CLAIM_BYTES
 """A further stream takes part when there is so much for it: less is sooner durable by the first alone."""
 
@@ -84,6 +85,7 @@ class Sender:
 
     def send(self, volume: SourceVolume, claim: Claim, runs: list[Run]) -> None:
         """Send claimed ranges, ascending. The data is free on return; adjacent zeroes are kept back and merged."""
+        self._flush_old()
         parts: list[Run] = []
         for offset, data in runs:
             for part in zeros.split(data):
@@ -117,7 +119,13 @@ class Sender:
             self._session.sent(claim)
             faults.point("ship.sent")
 
+    def _flush_old(self) -> None:
+        """Send zeroes that were kept back for too long. Data that is rate-limited may follow them for hours."""
+        if self._zero is not None and time.monotonic() - self._zero.since > ZERO_HOLD_SECONDS:
+            self.flush()
+
     def _put(self, volume: SourceVolume, claim: Claim, parts: list[Run]) -> None:
+        self._flush_old()
         total = sum(len(data) for _, data in parts)
         for offset, data in parts:
             self._note(volume.name, offset, len(data), data)
@@ -153,10 +161,7 @@ class Sender:
         now = time.monotonic()
         run = self._zero
         if run is not None and (
-            run.volume is not volume
-            or run.offset + run.length != offset
-            or run.length >= MAX_ZERO_BYTES
-            or now - run.since > ZERO_HOLD_SECONDS
+            run.volume is not volume or run.offset + run.length != offset or run.length >= MAX_ZERO_BYTES
         ):
             self.flush()
             run = None

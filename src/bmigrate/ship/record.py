@@ -36,6 +36,8 @@ class Record:
         paused: set by the operator, kept over restarts.
         bandwidth: bytes per second set by the operator in place of the configuration's, 0: no limit; or None.
         seeded: volume -> number of the seed that was completely shipped once.
+        resyncs: volume -> breqd's id of a resync that was begun and not finished. Only a hint: breqd says whether an id
+            still stands for anything, so one that is lost or stale costs a comparison and proves nothing.
 
     Raises:
         DefectError: ship.json is damaged.
@@ -51,6 +53,7 @@ class Record:
         bandwidth = stored.get("bandwidth_bytes_per_second")
         self.bandwidth: int | None = None if bandwidth is None else int(bandwidth)
         self.seeded: dict[str, int] = {str(name): int(count) for name, count in stored.get("seeded", {}).items()}
+        self.resyncs: dict[str, str] = {str(name): str(key) for name, key in stored.get("resyncs", {}).items()}
         self.ack = 0
         self.damaged = False
         self._fd: int | None = None
@@ -72,14 +75,29 @@ class Record:
         elif stored_epoch == epoch:
             self.ack = number
 
-    def save(self) -> None:
-        """Replace ship.json durably; from any thread (a pause comes from another one than a session)."""
+    def change(self, **fields: Any) -> None:
+        """Other values of ``session``, ``paused``, ``bandwidth``, ``seeded`` or ``resyncs``: durable, and only then
+        believed here; from any thread (a pause comes from another one than a session).
+
+        In this order, because whoever is told that a change failed tries again, and a value that is here and not on
+        disk would be answered as unchanged and be lost with this process.
+
+        Raises:
+            OSError: the disk is full or fails; nothing has changed here.
+        """
         with self._lock:
             atomic.make_directory(self.path.parent)
-            content = {"schema": SCHEMA, "session": self.session, "paused": self.paused, "seeded": self.seeded}
-            if self.bandwidth is not None:
-                content["bandwidth_bytes_per_second"] = self.bandwidth
+            kept = {name: fields.get(name, getattr(self, name)) for name in ("session", "paused", "seeded")}
+            content = {"schema": SCHEMA, **kept}
+            bandwidth = fields.get("bandwidth", self.bandwidth)
+            if bandwidth is not None:
+                content["bandwidth_bytes_per_second"] = bandwidth
+            resyncs = fields.get("resyncs", self.resyncs)
+            if resyncs:
+                content["resyncs"] = resyncs
             atomic.replace_json(self.path, content)
+            for name, value in fields.items():
+                setattr(self, name, value)
 
     def last_session(self) -> dict[str, Any] | None:
         """For HELLO: {epoch, session_id, ack}, or None before the first session."""
@@ -87,8 +105,7 @@ class Record:
 
     def opened(self, epoch: int, session_id: str) -> None:
         """A session was opened; durable. ship.json first: a number is believed only for the epoch it names."""
-        self.session = {"epoch": epoch, "session_id": session_id}
-        self.save()
+        self.change(session={"epoch": epoch, "session_id": session_id})
         self.damaged = False
         self.acked(0)
 

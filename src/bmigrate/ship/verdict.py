@@ -81,24 +81,35 @@ class Trend:
         predicted: float | None,
         limit_seconds: float,
         discarded_bytes: int = 0,
-    ) -> None:
-        """Take in one complete pass.
+    ) -> bool:
+        """Take in one complete pass; returns whether a trim was first seen in it.
 
         Args:
             discarded_bytes: that the workload discarded meanwhile. When they are most of what is left, the pass says
-                nothing about who is faster: a trim of the file system comes once, and its zeroes ship at once.
+                nothing about who is faster: a trim of the file system comes once, and its zeroes ship at once. What is
+                discarded from then on until everything is shipped belongs to the same trim.
         """
         self.passes += 1
         self.caught_up = left_after == 0 or (predicted is not None and predicted <= limit_seconds)
         if discarded_bytes and 2 * discarded_bytes >= left_after and not self.caught_up:
+            first = not self.trimmed_bytes
             self.trimmed_bytes += discarded_bytes
-            return
+            return first
         if self.caught_up:
             self.trimmed_bytes = 0
         if self.caught_up or left_after < left_before * HELPED:
             self.unhelpful = 0
         else:
             self.unhelpful += 1
+        return False
+
+    @property
+    def slipping(self) -> bool:
+        """The last pass did not help, and one more such pass is losing ground: no time for resting.
+
+        One pass earlier than the state, so that what is shown as losing ground is the workload's doing and not ours.
+        """
+        return self.unhelpful >= 1
 
     def disconnected(self) -> None:
         """A new session begins: nothing is known until a pass is complete."""
@@ -126,10 +137,11 @@ def judge(facts: Facts, trend: Trend) -> tuple[str, str | None]:
         return "losing_ground", _losing(facts)
     if trend.caught_up:
         return "in_step", None
-    return "catching_up", _trimmed(trend.trimmed_bytes) if trend.trimmed_bytes else None
+    return "catching_up", trimmed(trend.trimmed_bytes) if trend.trimmed_bytes else None
 
 
-def _trimmed(count: int) -> str:
+def trimmed(count: int) -> str:
+    """What the workload's discarding of so many bytes is called."""
     return f"the workload discarded {human_bytes(count)} (fstrim, or files removed): they are looked at once"
 
 

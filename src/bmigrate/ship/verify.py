@@ -8,7 +8,9 @@ that differed although it was neither dirty nor claimed is counted against it. W
 different so in ROUNDS rounds in a row is reported: an uncompleted write (on the medium, not yet
 recorded) explains one such round, not three.
 
-Promises: it marks nothing and repairs nothing by itself; what it reports was seen with 128-bit digests.
+Promises: it marks nothing and repairs nothing by itself; what it reports was seen with 128-bit digests. Memory is
+bounded whatever differs: candidates are extents, not blocks, and there are MAX_EXTENTS of them at the most. When there
+are more, it compares no further, and says that what it found is not all (``complete``).
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from bmigrate.ship.source import READ_BYTES, SourceVolume
 ROUNDS = 3
 MAX_ROUNDS = 12
 MAX_LISTED = 256
+MAX_EXTENTS = 1 << 17
+"""Some 16 MiB for each list of them. A replica with more places that differ needs a resync, not a list."""
 Extent = tuple[int, int]
 
 
@@ -36,12 +40,14 @@ class Outcome:
 
     Attributes:
         different: proved to differ. busy: still explained by writes when the rounds were used up.
+        complete: False: there were too many differences to look at all; the others are lower bounds.
     """
 
     compared_bytes: int = 0
     different: dict[str, list[Extent]] = field(default_factory=dict)
     busy_bytes: int = 0
     rounds: int = 0
+    complete: bool = True
 
     def to_dict(self) -> dict[str, object]:
         """For the answer on ship.sock; at most MAX_LISTED extents are listed, all are counted."""
@@ -57,6 +63,7 @@ class Outcome:
             "different_bytes": sum(ranges.total(extents) for extents in self.different.values()),
             "busy_bytes": self.busy_bytes,
             "rounds": self.rounds,
+            "complete": self.complete,
         }
 
 
@@ -71,69 +78,130 @@ def verify(session: Session, pacer: Pacer, interrupted: Callable[[], bool], prog
         BmigrateError: the session is over.
     """
     outcome = Outcome()
-    candidates: dict[str, set[int]] = {}
+    candidates: dict[str, Votes] = {}
     pacer.begin()
+
+    def counted(count: int) -> None:
+        outcome.compared_bytes += count
+        progress(count)
+
+    room = MAX_EXTENTS
     for volume in session.volumes:
-        found = _compare(session, pacer, volume, [(0, volume.size_bytes)], interrupted, progress)
-        outcome.compared_bytes += volume.size_bytes
-        if found:
-            candidates[volume.name] = found
-    votes: dict[tuple[str, int], int] = {}
+        found = _compare(session, pacer, volume, [(0, volume.size_bytes)], interrupted, counted, room)
+        outcome.complete &= found.complete
+        room -= len(found.extents)
+        if found.extents:
+            candidates[volume.name] = [found.extents, *([] for _ in range(ROUNDS))]
+        if not outcome.complete:
+            break
     while candidates and outcome.rounds < MAX_ROUNDS:
         outcome.rounds += 1
-        candidates = _round(session, pacer, candidates, votes, interrupted)
-        if all(votes[name, block] >= ROUNDS for name, blocks in candidates.items() for block in blocks):
+        candidates, complete = _round(session, pacer, candidates, interrupted)
+        outcome.complete &= complete
+        if not any(extents for votes in candidates.values() for extents in votes[:ROUNDS]):
             break
-    for volume in session.volumes:
-        blocks = candidates.get(volume.name, set())
-        proved = [block for block in blocks if votes.get((volume.name, block), 0) >= ROUNDS]
-        if proved:
-            outcome.different[volume.name] = _extents(volume, proved)
-        outcome.busy_bytes += ranges.total(_extents(volume, [block for block in blocks if block not in set(proved)]))
+    for name, votes in candidates.items():
+        if votes[ROUNDS]:
+            outcome.different[name] = ranges.merge(votes[ROUNDS])
+        outcome.busy_bytes += sum(ranges.total(extents) for extents in votes[:ROUNDS])
     return outcome
 
 
+Votes = list[list[Extent]]
+"""At n: the extents that were different without an explanation in the last n rounds, up to ROUNDS; none is in two."""
+
+
 def _round(
-    session: Session,
-    pacer: Pacer,
-    candidates: dict[str, set[int]],
-    votes: dict[tuple[str, int], int],
-    interrupted: Callable[[], bool],
-) -> dict[str, set[int]]:
-    """Compare the candidates again, then learn which of them were dirty by shipping everything dirty."""
+    session: Session, pacer: Pacer, candidates: dict[str, Votes], interrupted: Callable[[], bool]
+) -> tuple[dict[str, Votes], bool]:
+    """Compare the candidates again, then learn which of them were dirty by shipping everything dirty.
+
+    Returns: those that still differ, with their votes, and False when there were too many of them to keep.
+    """
     # Nothing may be claimed while we look: breqd gives out no block that is claimed already, so a block that
     # was written again while claimed would look clean below.
     session.settle()
-    remaining: dict[str, set[int]] = {}
+    remaining: dict[str, list[Extent]] = {}
+    complete = True
     for volume in session.volumes:
         if volume.name in candidates:
-            extents = _extents(volume, candidates[volume.name])
-            remaining[volume.name] = _compare(session, pacer, volume, extents, interrupted, lambda count: None)
+            extents = ranges.merge(extent for extents in candidates[volume.name] for extent in extents)
+            room = MAX_EXTENTS - sum(map(len, remaining.values()))
+            found = _compare(session, pacer, volume, extents, interrupted, lambda count: None, room)
+            complete &= found.complete
+            remaining[volume.name] = found.extents
     session.barrier()
     dirty: dict[str, list[Extent]] = {}
+    granule = {volume.name: volume.granule_bytes for volume in session.volumes}
 
     def note(name: str, extents: list[Extent]) -> None:
-        dirty.setdefault(name, []).extend(extents)
+        # What is no candidate explains nothing, and a workload may have written anything meanwhile.
+        known = dirty.setdefault(name, [])
+        known += ranges.intersect(ranges.widen(extents, granule[name]), remaining.get(name, []))
+        if len(known) > 2 * MAX_EXTENTS:
+            dirty[name] = _coarse(known)
 
     result = run_pass(session, pacer, interrupted, observer=note)
     if not result.complete:
         raise _interrupted()
     session.settle()
-    for volume in session.volumes:
-        written = {
-            block
-            for offset, length in dirty.get(volume.name, [])
-            for block in range(offset // volume.granule_bytes, -(-(offset + length) // volume.granule_bytes))
-        }
-        for block in remaining.get(volume.name, set()):
-            votes[volume.name, block] = 0 if block in written else votes.get((volume.name, block), 0) + 1
-    return {name: blocks for name, blocks in remaining.items() if blocks}
+    after: dict[str, Votes] = {}
+    for name, extents in remaining.items():
+        written = _coarse(dirty.get(name, []))
+        before = [ranges.intersect(extents, ranges.merge(votes)) for votes in candidates[name]]
+        unexplained = [ranges.subtract(votes, written) for votes in before]
+        explained = ranges.intersect(extents, written)
+        # One vote more for each, and no vote left for what was written.
+        votes = [explained, *unexplained[: ROUNDS - 1], unexplained[ROUNDS - 1] + unexplained[ROUNDS]]
+        if any(votes):
+            after[name] = votes
+    room = MAX_EXTENTS
+    for number in range(ROUNDS, -1, -1):
+        for votes in after.values():
+            complete &= len(votes[number]) <= room
+            del votes[number][room:]
+            room -= len(votes[number])
+    return after, complete
 
 
-def _extents(volume: SourceVolume, blocks: set[int] | list[int]) -> list[Extent]:
-    """Granule numbers as byte extents clipped to the volume."""
-    size = volume.granule_bytes
-    return ranges.merge((block * size, min(size, volume.size_bytes - block * size)) for block in blocks)
+def _coarse(extents: list[Extent]) -> list[Extent]:
+    """Merged extents that cover these, MAX_EXTENTS at the most: more counts as written then, and is asked once more."""
+    extents = ranges.merge(extents)
+    unit = READ_BYTES
+    while len(extents) > MAX_EXTENTS:
+        extents = ranges.widen(extents, unit)
+        unit *= 2
+    return extents
+
+
+@dataclass
+class _Found:
+    """Extents that differ, at most ``room`` of them; ``complete`` is False when there are more."""
+
+    room: int
+    extents: list[Extent] = field(default_factory=list)
+    complete: bool = True
+
+    def full(self) -> bool:
+        """There is no room for more: look no further."""
+        return not self.complete
+
+    def add(self, offset: int, length: int) -> None:
+        """One more; they come nearly in order."""
+        if self.extents and sum(self.extents[-1]) == offset:
+            self.extents[-1] = (self.extents[-1][0], self.extents[-1][1] + length)
+        else:
+            self.extents.append((offset, length))
+        if len(self.extents) >= 2 * self.room:
+            self.extents = ranges.merge(self.extents)
+            self.complete = len(self.extents) < self.room
+
+    def finish(self) -> _Found:
+        """Merge, and give up what there is no room for."""
+        self.extents = ranges.merge(self.extents)
+        self.complete = self.complete and len(self.extents) <= self.room
+        del self.extents[self.room :]
+        return self
 
 
 def _compare(
@@ -143,29 +211,33 @@ def _compare(
     extents: list[Extent],
     interrupted: Callable[[], bool],
     progress: Callable[[int], None],
-) -> set[int]:
-    """Numbers of the granules of the extents whose two sides have different digests right now."""
-    found: set[int] = set()
+    room: int,
+) -> _Found:
+    """The parts of the extents whose two sides have different digests right now, in whole granules."""
+    found = _Found(room)
 
     def compared(piece: Piece, runs: list[Extent]) -> None:
         for start, length in runs:
-            first = (piece.offset + start) // volume.granule_bytes
-            found.update(range(first, first + -(-length // volume.granule_bytes)))
+            found.add(piece.offset + start, length)
         progress(len(piece.data))
 
     comparison = Comparison(session, pacer, compared)
     try:
         for extent in extents:
+            if found.full():
+                break
             for offset, length in ranges.pieces(*extent, READ_BYTES):
                 if interrupted():
                     # The session goes on with a drain: no answer to us may be taken for one to it.
                     comparison.finish()
                     raise _interrupted()
+                if found.full():
+                    break
                 comparison.put(volume, offset, length)
         comparison.finish()
     finally:
         comparison.close()
-    return found
+    return found.finish()
 
 
 def _interrupted() -> RefusedError:
