@@ -26,7 +26,7 @@ from bmigrate.receive.ackfile import AckFile
 from bmigrate.receive.link import Link
 from bmigrate.receive.session import Session
 from bmigrate.receive.volumes import StandbyVolume
-from bmigrate.wire import frames, packing
+from bmigrate.wire import frames, hashing, packing
 from bmigrate.wire import hello as greeting
 from bmigrate.wire.frames import FrameError, FrameType
 
@@ -143,7 +143,8 @@ def serve(link: Link, workload: str) -> str:
                 volumes.append(StandbyVolume(volume.name, place["device"], place["number"], volume.size_bytes))
             acks = AckFile(workload, grant["epoch"], grant["session_id"], hello.generation.id)
             link.start_session(grant["epoch"], lifeline, grant["silence_seconds"], hello.version)
-            link.send(FrameType.WELCOME, payload=greeting.encode(_welcome(hello, grant)))
+            welcome = _welcome(hello, grant)
+            link.send(FrameType.WELCOME, payload=greeting.encode(welcome))
             log.info(
                 "workload %s: session %s of epoch %d with %s, process %d",
                 workload,
@@ -159,7 +160,7 @@ def serve(link: Link, workload: str) -> str:
             unpacker = None
             if _compression(hello):
                 unpacker = packing.Unpacker(memoryview(mmap.mmap(-1, frames.MAX_PAYLOAD_BYTES)))
-            return Session(link, volumes, acks, clear_suspect, unpacker).run()
+            return Session(link, volumes, acks, clear_suspect, unpacker, welcome.hash).run()
         finally:
             for item in volumes:
                 item.close()
@@ -183,6 +184,7 @@ def _welcome(hello: greeting.Hello, grant: dict[str, Any]) -> greeting.Welcome:
         silence_seconds=grant["silence_seconds"],
         v=hello.version,
         compression=_compression(hello),
+        hash=hashing.agree(hello.version, hello.hash),
         volumes=[
             greeting.WelcomeVolume(
                 volume.name,

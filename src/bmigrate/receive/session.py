@@ -19,7 +19,7 @@ from bmigrate.receive.flusher import Flusher
 from bmigrate.receive.hasher import Hasher
 from bmigrate.receive.link import Link
 from bmigrate.receive.volumes import StandbyVolume
-from bmigrate.wire import frames
+from bmigrate.wire import frames, hashing
 from bmigrate.wire.frames import Frame, FrameType
 from bmigrate.wire.packing import Unpacker
 
@@ -31,7 +31,7 @@ class Session:
 
     Args:
         link: the connection. volumes: in the order of the indexes of WELCOME. acks: the open receive.ack.
-        unpacker: when compression was agreed on.
+        unpacker: when compression was agreed on. hash_name: the hash that was agreed on.
         clear_suspect: tells hold that the volume of that name was compared as a whole and is equal again.
     """
 
@@ -42,12 +42,13 @@ class Session:
         acks: AckFile,
         clear_suspect: Callable[[str], None],
         unpacker: Unpacker | None = None,
+        hash_name: str = hashing.BLAKE2B,
     ) -> None:
         self._unpacker = unpacker
         self._link = link
         self._volumes = volumes
         self._flusher = Flusher(link, volumes, acks)
-        self._hasher = Hasher(link)
+        self._hasher = Hasher(link, hash_name)
         self._clear_suspect = clear_suspect
         self._last_sync = 0
         self._handlers: dict[FrameType, Callable[[Frame], None]] = {

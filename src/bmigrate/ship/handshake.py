@@ -16,7 +16,7 @@ from bmigrate.ship.link import Link, StreamEnded
 from bmigrate.ship.record import Record
 from bmigrate.ship.source import SourceVolume
 from bmigrate.ship.tracker import Snapshot
-from bmigrate.wire import frames, hello, packing
+from bmigrate.wire import frames, hashing, hello, packing
 from bmigrate.wire.frames import FrameType
 from bmigrate.wire.hello import Welcome
 
@@ -68,6 +68,7 @@ def greeting(
         incarnation=snapshot.incarnation,
         highest_epoch=snapshot.highest_epoch,
         compression=packing.NAME if config.compression == packing.NAME and packing.available() else "",
+        hash=hashing.preferred(),
         volumes=[
             hello.HelloVolume(item.name, item.size_bytes, item.logical_block_size, item.granule_bytes)
             for item in volumes
@@ -115,6 +116,10 @@ def shake_hands(link: Link, greet: hello.Hello, volumes: list[SourceVolume]) -> 
             f"{peer} wants the compression {welcome.compression!r}, which was not offered",
             host=peer,
             reason="bad_hello",
+        )
+    if welcome.hash not in (hashing.BLAKE2B, greet.hash):
+        raise RefusedError(
+            f"{peer} wants to compare by the hash {welcome.hash!r}, which was not offered", host=peer, reason="bad_hello"
         )
     link.set_epoch(welcome.epoch)
     return welcome

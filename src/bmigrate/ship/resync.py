@@ -2,8 +2,8 @@
 """Resync of a suspect volume: every block is compared by checksum, and only what differs is sent.
 
 How: the whole volume is marked dirty, then walked like in a pass, but each claim is compared
-before it is sent: our own O_DIRECT read of the claimed blocks against the digests (BLAKE2b, 128
-bits, one per granule) of the standby's own direct read. Equal granules are not sent. Then the
+before it is sent: our own O_DIRECT read of the claimed blocks against the digests (128
+bits, one per granule where anything differs) of the standby's own direct read. Equal granules are not sent. Then the
 claim goes the way of every claim: SYNC, durable acknowledgement, cleared.
 
 Why a write during the comparison is safe. (1) A block is read after it was claimed: a write that the read
@@ -36,14 +36,17 @@ from typing import Callable
 
 from bmigrate.common import faults, ranges
 from bmigrate.common.errors import DefectError, RefusedError
-from bmigrate.ship.compare import Comparison, Piece
+from bmigrate.ship.compare import BATCH_BYTES, Comparison, Piece
 from bmigrate.ship.pacer import Pacer
 from bmigrate.ship.passes import Sender
-from bmigrate.ship.readahead import CLAIM_BYTES
 from bmigrate.ship.session import Session
 from bmigrate.ship.source import READ_BYTES, SourceVolume
 from bmigrate.ship.window import Claim
 from bmigrate.wire.frames import FrameType
+
+
+CLAIM_BYTES = 16 << 20
+"""More at once than a pass claims: the reading waits for breqd meanwhile, and most of it will not be sent."""
 
 
 class _Pending:
@@ -129,9 +132,9 @@ class Resync:
                 if claim is None:
                     break
                 self._pacer.enter()
-                pieces = [piece for extent in claim.extents for piece in ranges.pieces(*extent, READ_BYTES)]
-                pending = _Pending(claim, len(pieces))
-                for start, length in pieces:
+                batches = [piece for extent in claim.extents for piece in ranges.pieces(*extent, BATCH_BYTES)]
+                pending = _Pending(claim, sum(-(-length // READ_BYTES) for _, length in batches))
+                for start, length in batches:
                     comparison.put(self._volume, start, length, pending)
                 offset = claim.next_offset
             comparison.finish()

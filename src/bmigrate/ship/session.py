@@ -33,7 +33,7 @@ from bmigrate.ship.source import SourceVolume
 from bmigrate.ship.tracker import Snapshot, Tracker
 from bmigrate.ship.transport import Transport, closed_by_peer
 from bmigrate.ship.window import Claim, ProtocolError, Window
-from bmigrate.wire import frames, hello
+from bmigrate.wire import frames, hashing, hello
 from bmigrate.wire.frames import FrameType
 from bmigrate.wire.packing import Choice, Packer
 
@@ -61,6 +61,7 @@ class Session:
     Attributes:
         epoch, session_id: of the lease. version: of the protocol. volumes: in the configured order.
         packer: compresses extents when that was agreed on, else None. choice: whether it is worth while.
+        hash: name of the hash of HASHES.
         standby_suspects: volume -> why the standby distrusts its copy, as of WELCOME.
         rate: the ship rate, fed by the acknowledgements.
     """
@@ -72,6 +73,7 @@ class Session:
         self.epoch = 0
         self.session_id = ""
         self.version = frames.VERSION
+        self.hash = hashing.BLAKE2B
         self.packer: Packer | None = None
         self.choice = Choice()
         self.incarnation = ""
@@ -141,6 +143,7 @@ class Session:
         greeting = handshake.greeting(self.config, generation, self.record, snapshot, self.volumes)
         welcome = handshake.shake_hands(self._link, greeting, self.volumes)
         self.epoch, self.session_id, self.version = welcome.epoch, welcome.session_id, welcome.v
+        self.hash = welcome.hash
         if welcome.compression:
             self.packer, self.choice = Packer(), Choice()
         self.standby_suspects = {item.name: item.suspect for item in welcome.volumes if item.suspect}

@@ -18,11 +18,11 @@ from typing import Callable
 
 from bmigrate.common import ranges
 from bmigrate.common.errors import RefusedError
-from bmigrate.ship.compare import Comparison, Piece
+from bmigrate.ship.compare import BATCH_BYTES, Comparison, Piece
 from bmigrate.ship.pacer import Pacer
 from bmigrate.ship.passes import run_pass
 from bmigrate.ship.session import Session
-from bmigrate.ship.source import READ_BYTES, SourceVolume
+from bmigrate.ship.source import SourceVolume
 
 ROUNDS = 3
 MAX_ROUNDS = 12
@@ -156,7 +156,7 @@ def _compare(
     comparison = Comparison(session, pacer, compared)
     try:
         for extent in extents:
-            for offset, length in ranges.pieces(*extent, READ_BYTES):
+            for offset, length in ranges.pieces(*extent, BATCH_BYTES):
                 if interrupted():
                     # The session goes on with a drain: no answer to us may be taken for one to it.
                     comparison.finish()

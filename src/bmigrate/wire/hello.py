@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from bmigrate.wire import hashing
 from bmigrate.wire.frames import MIN_VERSION, VERSION, FrameError
 
 MAX_VOLUMES = 16
@@ -23,6 +24,7 @@ _ID = re.compile(r"[0-9a-f]{32}\Z")
 _INCARNATION = re.compile(r"[0-9a-f]{8,64}\Z")
 _BOOT_ID = re.compile(r"[0-9a-f-]{32,36}\Z")
 _COMPRESSION = re.compile(r"[a-z0-9]{0,16}\Z")
+_HASH = re.compile(r"[a-z0-9]{1,16}\Z")
 _MAX_U64 = (1 << 64) - 1
 
 
@@ -86,7 +88,7 @@ class Hello:
     `incarnation` is that of its breqd. `highest_epoch` is the highest epoch that breqd has ever
     been told of (0: none): the new one will be above it, also when the standby's notes were lost.
     `v_min` to `v` are the versions of the protocol that the sender speaks. `compression` is what it would like to
-    use, "" for none.
+    use, "" for none; `hash` is what it would like to compare by.
     """
 
     workload: str
@@ -100,6 +102,7 @@ class Hello:
     v: int = VERSION
     v_min: int = MIN_VERSION
     compression: str = ""
+    hash: str = hashing.BLAKE2B
 
     @property
     def version(self) -> int:
@@ -126,7 +129,8 @@ class WelcomeVolume:
 class Welcome:
     """The receiver's answer: the session is open, the fence of `epoch` is durable.
 
-    `v` is the version of the session, `compression` what PACKED frames may be compressed with, "" for none of them.
+    `v` is the version of the session, `compression` what PACKED frames may be compressed with, "" for none of them;
+    `hash` is that of HASHES, and is said since version 3 only.
     """
 
     epoch: int
@@ -137,10 +141,14 @@ class Welcome:
     volumes: list[WelcomeVolume] = field(default_factory=list)
     v: int = VERSION
     compression: str = ""
+    hash: str = hashing.BLAKE2B
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
-        return asdict(self)
+        """The JSON object; without what a sender of an older version would refuse as unknown."""
+        data = asdict(self)
+        if self.v < hashing.SINCE_VERSION:
+            del data["hash"]
+        return data
 
 
 def encode(message: Hello | Welcome | Mapping[str, Any]) -> bytes:
@@ -183,6 +191,7 @@ def decode_hello(payload: bytes | memoryview | Mapping[str, Any]) -> Hello:
         v=high,
         v_min=low,
         compression=data.text("compression", _COMPRESSION, optional=True) or "",
+        hash=data.text("hash", _HASH, optional=True) or hashing.BLAKE2B,
     )
     generation.done()
     if last is not None:
@@ -218,6 +227,7 @@ def decode_welcome(payload: bytes | memoryview | Mapping[str, Any]) -> Welcome:
         volumes=volumes,
         v=agree(version, version),
         compression=data.text("compression", _COMPRESSION, optional=True) or "",
+        hash=data.text("hash", _HASH, optional=True) or hashing.BLAKE2B,
     )
     data.done()
     if [volume.index for volume in volumes] != list(range(len(volumes))):
