@@ -24,7 +24,7 @@ from typing import Any, Callable
 from bmigrate.common.errors import BmigrateError
 from bmigrate.receive import session as sessions
 from bmigrate.receive.volumes import StandbyVolume
-from bmigrate.wire import frames, packing
+from bmigrate.wire import frames, hashing, packing
 from bmigrate.wire.frames import FrameError, FrameReader, FrameType, FrameWriter
 
 EPOCH = 7
@@ -146,7 +146,8 @@ class Fuzzer:
         reader = FrameReader(frames.FROM_SENDER, epoch=EPOCH, buffer=self._buffer)
         link: Any = _Link()
         acks: Any = _Acks()
-        session = sessions.Session(link, self._volumes, acks, lambda name: None, self._unpacker)
+        name = hashing.NAMES[self.counts.streams % len(hashing.NAMES)]
+        session = sessions.Session(link, self._volumes, acks, lambda name: None, self._unpacker, name)
         session.begin()
         try:
             for frame in reader.feed(stream):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from typing import Any
 
@@ -73,6 +74,9 @@ def put(fields: dict[str, Any], path: tuple[Any, ...], value: Any) -> bytes:
         (("surprise",), 1, "surprise"),
         (("volumes", 0, "surprise"), 1, "surprise"),
         (("boot_id",), "/dev/sda", "boot_id"),
+        (("hash",), "", "hash"),
+        (("hash",), "SHA-256", "hash"),
+        (("hash",), 256, "hash"),
     ],
 )
 def test_a_wrong_field_is_named(path: tuple[Any, ...], value: Any, named: str) -> None:
@@ -80,7 +84,7 @@ def test_a_wrong_field_is_named(path: tuple[Any, ...], value: Any, named: str) -
         greeting.decode_hello(put(HELLO.to_dict(), path, value))
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", True, 1.5, 1001, [2]])
+@pytest.mark.parametrize("version", [0, frames.VERSION + 1, "1", True, 1.5, 1001, [2]])
 def test_another_version_is_told_apart_from_damage(version: Any) -> None:
     with pytest.raises(VersionError, match="version"):
         greeting.decode_hello(json.dumps({**HELLO.to_dict(), "v": version, "v_min": version}).encode())
@@ -146,3 +150,13 @@ def test_only_a_newer_peer_may_say_more_than_is_known() -> None:
     assert newer.version == frames.VERSION and newer.volumes == HELLO.volumes
     with pytest.raises(HelloError, match="host"):
         greeting.decode_hello({**more, "v": frames.VERSION + 1, "host": 5})
+
+
+def test_a_peer_that_says_nothing_of_a_hash_compares_by_blake2b() -> None:
+    """As every peer before version 3; and to such a sender the receiver says nothing of it either."""
+    old = {key: value for key, value in HELLO.to_dict().items() if key != "hash"}
+    assert greeting.decode_hello({**old, "v": 2, "v_min": 1}).hash == "blake2b"
+    for version in range(frames.MIN_VERSION, frames.VERSION + 1):
+        said = dataclasses.replace(WELCOME, v=version, hash="sha256" if version >= 3 else "blake2b")
+        assert ("hash" in said.to_dict()) == (version >= 3)
+        assert greeting.decode_welcome(greeting.encode(said)) == said

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 from bmigrate.common import ranges
+from bmigrate.common.errors import BmigrateError
 from bmigrate.ship.pacer import Pacer
 from bmigrate.ship.session import Session
 from bmigrate.ship.source import READ_BYTES, SourceVolume
@@ -29,7 +30,7 @@ from bmigrate.wire.frames import FrameType
 
 BATCH_BYTES = 4 << 20
 """Read and asked for at once: what a frame, a wake-up of five processes and a read cost is shared by so much."""
-UNDER_WAY = 6
+UNDER_WAY = 4
 MAX_WORKERS = 4
 FINE_SHARE = 0.25
 """Of the last READ_BYTES, weighted: when more than that differed, granules are asked for at once."""
@@ -64,7 +65,7 @@ class Piece:
 
 @dataclass
 class _Batch:
-    """A range in its buffer, and what was asked of the standby for: all of it, or from ``start`` on to ``end``."""
+    """A range in its buffer, and what the standby was asked for: all of it, or, ``again``, ``start`` to ``end``."""
 
     volume: SourceVolume
     offset: int
@@ -74,6 +75,7 @@ class _Batch:
     start: int
     end: int
     chunk_bytes: int
+    again: bool = False
     own: Future[bytes] | None = None
 
 
@@ -85,7 +87,7 @@ class Comparison:
             caller's thread, from ``put`` and ``finish``. The data is valid until it returns.
 
     Raises (put, finish):
-        BmigrateError: the session is over, or a read failed.
+        BmigrateError: the session is over; also when a read failed, because answers are left that nobody takes.
     """
 
     def __init__(
@@ -127,7 +129,11 @@ class Comparison:
         for at in range(0, length, step):
             view = batch.data[at : at + step]
             began = time.monotonic()
-            volume.read_into(view, batch.offset + at)
+            try:
+                volume.read_into(view, batch.offset + at)
+            except BmigrateError as error:
+                self._session.fail(error)
+                raise
             spent = time.monotonic() - began
             self._pacer.charge("source_read", spent)
             self._pacer.rest(volume.number, len(view), spent)
@@ -158,16 +164,15 @@ class Comparison:
         own = batch.own.result()
         granule, length = batch.volume.granule_bytes, batch.end - batch.start
         runs = differing(own, other, length, batch.chunk_bytes)
-        if batch.chunk_bytes > granule:
+        if not batch.again:
             self._remember(runs, length)
-            if runs:
+            if runs and batch.chunk_bytes > granule:
                 # What the runs leave out within their bounds is compared once more: one request, whatever the runs are.
-                batch.start, batch.end, batch.chunk_bytes = runs[0][0], runs[-1][0] + runs[-1][1], granule
+                batch.start, batch.end = runs[0][0], runs[-1][0] + runs[-1][1]
+                batch.chunk_bytes, batch.again = granule, True
                 self._ask(batch)
                 self._hash(batch)
                 return
-        elif length == len(batch.data):
-            self._remember(runs, length)
         try:
             self._hand_out(batch, [(batch.start + start, count) for start, count in runs])
         finally:

@@ -39,14 +39,16 @@ from bmigrate.common.errors import DefectError, RefusedError
 from bmigrate.ship.compare import BATCH_BYTES, Comparison, Piece
 from bmigrate.ship.pacer import Pacer
 from bmigrate.ship.passes import Sender
+from bmigrate.ship.readahead import CLAIM_BYTES
 from bmigrate.ship.session import Session
 from bmigrate.ship.source import READ_BYTES, SourceVolume
 from bmigrate.ship.window import Claim
 from bmigrate.wire.frames import FrameType
 
 
-CLAIM_BYTES = 16 << 20
-"""More at once than a pass claims: the reading waits for breqd meanwhile, and most of it will not be sent."""
+SAME_CLAIM_BYTES = 16 << 20
+"""Claimed at once while nothing differs: reading waits for breqd meanwhile. Else as in a pass, because who interrupts the
+resync waits until what was claimed is sent."""
 
 
 class _Pending:
@@ -85,6 +87,7 @@ class Resync:
         self._progress = progress
         self._sender = Sender(session, pacer)
         self._compared_bytes = 0
+        self._claim_bytes = CLAIM_BYTES
         self.different_bytes = 0
 
     def run(self) -> None:
@@ -128,7 +131,7 @@ class Resync:
                     comparison.finish()
                     self._sender.flush()
                     raise RefusedError("the resync was interrupted", volume=self._volume.name, reason="interrupted")
-                claim = self._session.claim(self._volume, offset, CLAIM_BYTES)
+                claim = self._session.claim(self._volume, offset, self._claim_bytes)
                 if claim is None:
                     break
                 self._pacer.enter()
@@ -167,4 +170,5 @@ class Resync:
         if not pending.pieces:
             claim = pending.claim
             claim.same_bytes = claim.total_bytes - claim.data_bytes - claim.zero_bytes
+            self._claim_bytes = SAME_CLAIM_BYTES if claim.same_bytes == claim.total_bytes else CLAIM_BYTES
             self._sender.finished(claim)
