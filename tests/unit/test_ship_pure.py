@@ -13,9 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from bmigrate.common.state import WorkloadState
 from bmigrate.ship import compare, pacing, rates, verdict, wanted, zeros
-from bmigrate.wire.hashing import digests
 from bmigrate.ship.ledger import Ledger
 from bmigrate.ship.window import Claim, ProtocolError, Window
+from bmigrate.wire.hashing import digests
 
 # -- zeroes ------------------------------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 """Answers HASH beside the writes: the caller's thread reads, a few threads hash, one sends the answers in order.
 
 Promises: what is hashed was read when the frame was handled, so a write that follows the frame is not in it, and one
-before it is; answers leave in the order of the requests. Memory is bounded: BUFFERS buffers of BUFFER_BYTES; who asks for
-more waits. The first failure ends the session.
+before it is; answers leave in the order of the requests. Memory is bounded: BUFFERS buffers of BUFFER_BYTES; who
+asks for more waits. The first failure ends the session.
 """
 
 from __future__ import annotations

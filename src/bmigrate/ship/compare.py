@@ -3,9 +3,10 @@
 
 The hash is the session's (wire/hashing.py), with 128 bits. A range is at first asked for as one digest for each
 READ_BYTES, which costs least while most is equal; what differs, or all where much has differed of late, is asked for
-granule by granule. The standby is asked before the range is read here, so that both ends read at once.
+granule by granule. A few threads read and hash, and the standby is asked when a range is put: both ends
+read at once, and the device has the next read waiting when one is done.
 
-Promises: a range is read from the device once, while it is put and never before, and what is handed out is what was
+Promises: a range is read from the device once, after it was put and never before, and what is handed out is what was
 hashed; it is called equal only by digests of 128 bits. Memory is bounded: UNDER_WAY buffers of BATCH_BYTES. Answers of
 the standby arrive in the order of the requests; ranges may come out in another order than they were put in.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +34,7 @@ BATCH_BYTES = 4 << 20
 """Read and asked for at once: what a frame, a wake-up of five processes and a read cost is shared by so much."""
 UNDER_WAY = 4
 MAX_WORKERS = 4
+"""That read or hash; one more than there are processors, so that one of them may wait for the device."""
 FINE_SHARE = 0.25
 """Of the last READ_BYTES, weighted: when more than that differed, granules are asked for at once."""
 _MEMORY = 1 / 8
@@ -96,22 +99,21 @@ class Comparison:
         self._session = session
         self._pacer = pacer
         self._compared = compared
-        self._pool = ThreadPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1), "hash")
+        self._pool = ThreadPoolExecutor(min(MAX_WORKERS, 1 + (os.cpu_count() or 1)), "compare")
+        self._turn = threading.Lock()
         self._free = [memoryview(mmap.mmap(-1, BATCH_BYTES)) for _ in range(UNDER_WAY)]
         self._under_way: deque[_Batch] = deque()
         self._differed = 0.0
 
     def put(self, volume: SourceVolume, offset: int, length: int, tag: Any = None) -> None:
-        """Read a range of at most BATCH_BYTES, whole granules but for the volume's end, and have it compared."""
+        """Have a range compared, of at most BATCH_BYTES, whole granules but for the volume's end."""
         while not self._free:
             self._oldest()
         buffer = self._free.pop()
         granule = volume.granule_bytes
         chunk = granule if self._differed > FINE_SHARE else max(READ_BYTES, granule)
         batch = _Batch(volume, offset, buffer[:length], tag, buffer, 0, length, chunk)
-        self._ask(batch)
-        self._read(batch)
-        self._hash(batch)
+        self._ask(batch, self._read_and_hash)
 
     def finish(self) -> None:
         """Wait for everything that was put."""
@@ -119,26 +121,43 @@ class Comparison:
             self._oldest()
 
     def close(self) -> None:
-        """End the hashing threads."""
+        """End the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, batch: _Batch) -> None:
-        """All at once; shorter reads with rests between them while the foreground comes first."""
-        volume, length = batch.volume, len(batch.data)
-        step = self._pacer.read_bytes(volume.number) if self._pacer.polite else length
-        for at in range(0, length, step):
-            view = batch.data[at : at + step]
-            began = time.monotonic()
-            try:
-                volume.read_into(view, batch.offset + at)
-            except BmigrateError as error:
-                self._session.fail(error)
-                raise
-            spent = time.monotonic() - began
-            self._pacer.charge("source_read", spent)
-            self._pacer.rest(volume.number, len(view), spent)
+    # -- the threads that read and hash ------------------------------------------------------------
 
-    def _ask(self, batch: _Batch) -> None:
+    def _read_and_hash(self, batch: _Batch) -> bytes:
+        try:
+            self._pacer.enter()
+            if self._pacer.polite:
+                # The foreground comes first: one read at a time, short ones, with rests between them.
+                with self._turn:
+                    step = self._pacer.read_bytes(batch.volume.number)
+                    for at in range(0, len(batch.data), step):
+                        view = batch.data[at : at + step]
+                        seconds = self._read(batch.volume, view, batch.offset + at)
+                        self._pacer.rest(batch.volume.number, len(view), seconds)
+            else:
+                seconds = self._read(batch.volume, batch.data, batch.offset)
+                with self._turn:  # the pacer's books are kept by one thread at a time
+                    self._pacer.rest(batch.volume.number, len(batch.data), seconds)
+        except BmigrateError as error:
+            self._session.fail(error)
+            raise
+        return self._hash(batch)
+
+    def _read(self, volume: SourceVolume, view: memoryview, offset: int) -> float:
+        began = time.monotonic()
+        volume.read_into(view, offset)
+        return time.monotonic() - began
+
+    def _hash(self, batch: _Batch) -> bytes:
+        return hashing.digests(self._session.hash, batch.data[batch.start : batch.end], batch.chunk_bytes)
+
+    # -- the caller's thread -----------------------------------------------------------------------
+
+    def _ask(self, batch: _Batch, here: Callable[[_Batch], bytes]) -> None:
+        """Ask the standby, and have the same done ``here`` beside it."""
         length = batch.end - batch.start
         self._session.request(
             FrameType.HASH,
@@ -149,19 +168,18 @@ class Comparison:
             aux=length,
             payload=frames.encode_chunk(batch.chunk_bytes),
         )
+        batch.own = self._pool.submit(here, batch)
         self._under_way.append(batch)
-
-    def _hash(self, batch: _Batch) -> None:
-        data = batch.data[batch.start : batch.end]
-        batch.own = self._pool.submit(hashing.digests, self._session.hash, data, batch.chunk_bytes)
 
     def _oldest(self) -> None:
         batch = self._under_way.popleft()
-        began = time.monotonic()
-        other = self._session.answer()
-        self._pacer.charge("standby", time.monotonic() - began)
         assert batch.own is not None
+        began = time.monotonic()
         own = batch.own.result()
+        here = time.monotonic()
+        other = self._session.answer()
+        self._pacer.charge("source_read", here - began)
+        self._pacer.charge("standby", time.monotonic() - here)
         granule, length = batch.volume.granule_bytes, batch.end - batch.start
         runs = differing(own, other, length, batch.chunk_bytes)
         if not batch.again:
@@ -170,8 +188,7 @@ class Comparison:
                 # What the runs leave out within their bounds is compared once more: one request, whatever the runs are.
                 batch.start, batch.end = runs[0][0], runs[-1][0] + runs[-1][1]
                 batch.chunk_bytes, batch.again = granule, True
-                self._ask(batch)
-                self._hash(batch)
+                self._ask(batch, self._hash)
                 return
         try:
             self._hand_out(batch, [(batch.start + start, count) for start, count in runs])

@@ -119,7 +119,9 @@ def shake_hands(link: Link, greet: hello.Hello, volumes: list[SourceVolume]) -> 
         )
     if welcome.hash not in (hashing.BLAKE2B, greet.hash):
         raise RefusedError(
-            f"{peer} wants to compare by the hash {welcome.hash!r}, which was not offered", host=peer, reason="bad_hello"
+            f"{peer} wants to compare by the hash {welcome.hash!r}, which was not offered",
+            host=peer,
+            reason="bad_hello",
         )
     link.set_epoch(welcome.epoch)
     return welcome

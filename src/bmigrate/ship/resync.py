@@ -45,9 +45,8 @@ from bmigrate.ship.source import READ_BYTES, SourceVolume
 from bmigrate.ship.window import Claim
 from bmigrate.wire.frames import FrameType
 
-
 SAME_CLAIM_BYTES = 16 << 20
-"""Claimed at once while nothing differs: reading waits for breqd meanwhile. Else as in a pass, because who interrupts the
+"""Claimed at once while nothing differs: fewer questions to breqd. Else as much as in a pass, because who interrupts the
 resync waits until what was claimed is sent."""
 
 

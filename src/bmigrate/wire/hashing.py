@@ -48,7 +48,7 @@ def preferred() -> str:
 
 
 def choose(seconds: Callable[[str], float]) -> str:
-    """The hash to use, by what hashing takes with each; the best of a few times, because others may use the processor."""
+    """The hash to use, by what hashing takes with each: the least of a few times, others may use the processor."""
     best = {name: min(seconds(name) for _ in range(_TRIALS)) for name in NAMES}
     return SHA256 if best[SHA256] < _MARGIN * best[BLAKE2B] else BLAKE2B
 
