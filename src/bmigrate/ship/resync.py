@@ -46,8 +46,8 @@ from bmigrate.ship.window import Claim
 from bmigrate.wire.frames import FrameType
 
 SAME_CLAIM_BYTES = 16 << 20
-"""Claimed at once while nothing differs: fewer questions to breqd. Else as much as in a pass, because who interrupts the
-resync waits until what was claimed is sent."""
+"""Claimed at once while nothing differs: fewer questions to breqd. Else as much as in a pass: who interrupts the resync
+waits until what was claimed is sent."""
 
 
 class _Pending:
