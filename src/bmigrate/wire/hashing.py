@@ -41,10 +41,15 @@ def digests(name: str, data: memoryview | bytes, chunk_bytes: int) -> bytes:
     return b"".join([blake2b(chunk, digest_size=HASH_DIGEST_BYTES).digest() for chunk in chunks])
 
 
-@functools.lru_cache(maxsize=1)
 def preferred() -> str:
     """What this host is faster with, measured once in one or two milliseconds."""
-    return choose(lambda name: _seconds(name, bytes(_TRIAL_BYTES)))
+    return _measured()
+
+
+@functools.lru_cache(maxsize=1)
+def _measured() -> str:
+    data = bytes(_TRIAL_BYTES)
+    return choose(lambda name: _seconds(name, data))
 
 
 def choose(seconds: Callable[[str], float]) -> str:
