@@ -163,15 +163,26 @@ def _convergence(found: Any, command: str) -> list[Row]:
 
 def _resync(found: Any, command: str) -> list[Row]:
     names = {
-        "verify": "verify / the lower of read and hash",
-        "resync_equal": "resync, nothing differs / the same",
-        "resync_1_percent": "resync, 1 % of the blocks at random differ / the same",
+        "verify": "verify",
+        "resync_equal": "resync, nothing differs",
+        "resync_1_percent": "resync, 1 % of the blocks at random differ",
     }
     rows = []
-    for name, what in names.items():
-        values = found["ratios"][name]
-        judged = name != "resync_1_percent"
-        rows.append(Row(what, values, "≥ 0.9" if judged else "", _least(values, 0.9) if judged else None, command))
+    for place, bound, against, judged in (
+        ("disk", "side_by_side", "the lower of read and hash", True),
+        ("disk", "alone", "the same, if the other end did not read from that disk", False),
+        ("memory", "side_by_side", "the hash alone", False),
+        ("memory", "work", "nothing but reading and hashing", False),
+    ):
+        for name, what in names.items():
+            values = found[place]["ratios"][bound][name]
+            wanted = judged and name != "resync_1_percent"
+            held = _least(values, 0.9) if wanted else None
+            text = f"{what}, {place}, by {found[place]['hash']} / {against}"
+            rows.append(Row(text, values, "≥ 0.9" if wanted else "", held, command))
+    for place in ("disk", "memory"):
+        rates = [value / MIB for value in found[place]["bytes_per_second"]["verify"]]
+        rows.append(Row(f"verify, {place}: MiB/s", rates, "", None, command))
     return rows
 
 
@@ -275,9 +286,9 @@ def pictures(found: dict[str, Any]) -> dict[str, str]:
         if name in found:
             middle = estimate(found[name]["ratios"])
             bars.append(Bar(f"seed over {label} / dd | ssh dd", middle, middle.text(2)))
-    for name, label in (("verify", "verify / hash"), ("resync_equal", "resync / hash")):
+    for name, label in (("verify", "verify / read or hash"), ("resync_equal", "resync / read or hash")):
         if "resync" in found:
-            middle = estimate(found["resync"]["ratios"][name])
+            middle = estimate(found["resync"]["disk"]["ratios"]["side_by_side"][name])
             bars.append(Bar(label, middle, middle.text(2)))
     if "pacing" in found:
         for name, label in (

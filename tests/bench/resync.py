@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """How fast two hosts compare a volume: a verify, and a resync of a suspect volume of which little differs.
 
-Native, with the processes and the sshd of shipping.py. The bound is the lower of two speeds, measured in the same
-session: reading the volume from one end to the other as both sides read it, and the hash itself (BLAKE2b, 128 bits) on
-the two cores that the two ends have here, where each byte is hashed twice, once on each side.
+Native, with the processes and the sshd of shipping.py. What it is held against is the lower of two speeds, measured
+right before each run: reading the volume from one end to the other, and the hash of the session itself on the two
+cores that the two ends have here, where each byte is hashed twice, once on each side.
+
+In two places, because each shows something else:
+
+- On a disk (a file system with O_DIRECT), as volumes are. Both ends have the same disk here, so the read speed is that
+  of two readers side by side, the source's file and the replica's; the slower counts. The ratio against one reader that
+  has the disk to itself, which is what two hosts with a disk each would have, is printed too.
+- In memory. There a read is a copy by the same two cores that hash, and takes from the hash what a disk would not. The
+  ratio against the hash alone is printed, and one against what cannot be saved: two processes, one for each end, that
+  do nothing but read and hash every byte once.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
@@ -23,39 +31,59 @@ from typing import Any
 import pytest
 
 from bmigrate.common import blockdev, paths, rpc
+from bmigrate.wire import hashing
 from lab.waiting import wait
 from tests.bench.figures import spread
 from tests.bench.shipping import MIB, Bench
 
 GRANULE = 4096
+PLACES = {"disk": "/var/tmp", "memory": "/dev/shm"}
+BOUNDS = {
+    "side_by_side": ("read", "hash"),
+    "alone": ("read_alone", "hash"),
+    "work": ("work",),
+}
+"""What a rate is held against: the lowest of these."""
 
 
-def _hash(seconds: float) -> float:
+def _hash(name: str, seconds: float) -> float:
     """Bytes per second of one process that hashes pieces of 1 MiB."""
     data, done, began = os.urandom(MIB), 0, time.monotonic()
     while time.monotonic() - began < seconds:
-        hashlib.blake2b(data, digest_size=16).digest()
+        hashing.digests(name, data, MIB)
         done += MIB
     return done / (time.monotonic() - began)
 
 
-def hash_speed(pool: Any) -> float:
-    """Bytes of a volume per second, each hashed on both ends at once: the mean of two processes side by side."""
-    return sum(pool.map(_hash, [1.0, 1.0])) / 2
+def _read(path: Path, name: str | None = None) -> float:
+    """Bytes per second of reading it in order, 1 MiB at a time, past the cache as the data path does.
 
-
-def read_speed(path: Path) -> float:
-    """Bytes per second of reading it in order, 1 MiB at a time, past the cache as the data path does."""
+    Args:
+        name: of a hash: each piece is hashed too.
+    """
     fd = blockdev.open_direct(path)
     try:
         size = os.fstat(fd).st_size
         reader = blockdev.DirectReader(fd, MIB)
         began = time.monotonic()
         for offset in range(0, size, MIB):
-            reader.read(offset, MIB)
+            data = reader.read(offset, MIB)
+            if name:
+                hashing.digests(name, data, MIB)
         return size / (time.monotonic() - began)
     finally:
         os.close(fd)
+
+
+def bounds(pool: Any, bench: Bench, name: str) -> dict[str, float]:
+    """Bytes of the volume per second that both ends could read, hash, or read and hash, beside each other."""
+    ends = (bench.world.source(), bench.world.replica())
+    return {
+        "read": min(pool.map(_read, ends, 1)),
+        "read_alone": _read(ends[0]),
+        "hash": sum(pool.starmap(_hash, [(name, 0.5)] * 2, 1)) / 2,
+        "work": min(pool.starmap(_read, [(end, name) for end in ends], 1)),
+    }
 
 
 def verify(bench: Bench) -> float:
@@ -89,32 +117,38 @@ def resync(bench: Bench, differ: float) -> float:
     return bench.size / seconds
 
 
-def measure(directory: Path, size: int, rounds: int) -> dict[str, Any]:
-    """All, in alternating rounds."""
-    found: dict[str, list[float]] = {
-        name: [] for name in ("read", "hash", "verify", "resync_equal", "resync_1_percent")
+def measure(directory: Path, size: int, rounds: int, force: str) -> dict[str, Any]:
+    """All in one place, in alternating rounds; the bounds are measured before each run.
+
+    Args:
+        force: a hash that the receiver finds faster whatever it measures, or "".
+    """
+    runs = {
+        "verify": verify,
+        "resync_equal": lambda bench: resync(bench, 0.0),
+        "resync_1_percent": lambda bench: resync(bench, 0.01),
     }
+    found: dict[str, list[float]] = {}
+    ratios: dict[str, dict[str, list[float]]] = {bound: {name: [] for name in runs} for bound in BOUNDS}
+    name = force or hashing.preferred()
     with pytest.MonkeyPatch.context() as monkeypatch, multiprocessing.get_context("spawn").Pool(2) as pool:
-        pool.map(_hash, [0.01, 0.01])
-        bench = Bench(directory, size, "random", monkeypatch, "")
+        bench = Bench(directory, size, "random", monkeypatch, "", {"BMIGRATE_TEST_HASH": force} if force else {})
         try:
             process = bench.start()
             verify(bench)
             for _ in range(rounds):
-                found["read"].append(read_speed(bench.world.source()))
-                found["hash"].append(hash_speed(pool))
-                found["verify"].append(verify(bench))
-                found["resync_equal"].append(resync(bench, 0.0))
-                found["resync_1_percent"].append(resync(bench, 0.01))
+                for what, run in runs.items():
+                    bound = bounds(pool, bench, name)
+                    rate = run(bench)
+                    for key, value in (*bound.items(), (what, rate)):
+                        found.setdefault(key, []).append(value)
+                    for key, parts in BOUNDS.items():
+                        ratios[key][what].append(rate / min(bound[part] for part in parts))
             process.terminate()
             process.wait()
         finally:
             bench.close()
-    bound = [min(pair) for pair in zip(found["read"], found["hash"])]
-    ratios = {
-        name: [one / other for one, other in zip(found[name], bound)] for name in found if name[0] in "v" or "_" in name
-    }
-    return {"size_bytes": size, "bytes_per_second": found, "ratios": ratios}
+    return {"hash": name, "size_bytes": size, "bytes_per_second": found, "ratios": ratios}
 
 
 def main() -> int:
@@ -122,22 +156,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python3 -m tests.bench.resync", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="of everything (%(default)s)")
     parser.add_argument("--mib", type=int, default=1024, help="size of the volume in MiB (%(default)s)")
+    parser.add_argument("--place", choices=sorted(PLACES), action="append", help="only this one; may be repeated")
+    parser.add_argument("--disk", help="directory on the disk to measure on (%(default)s)", default=PLACES["disk"])
+    parser.add_argument("--hash", choices=hashing.NAMES, default="", help="compare by this one (the faster one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("at least 2 rounds")
-    directory = Path(tempfile.mkdtemp(prefix="bmigrate-bench-", dir="/dev/shm"))
-    try:
-        result = measure(directory, arguments.mib * MIB, arguments.rounds)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    result = {}
+    for place, root in {**PLACES, "disk": arguments.disk}.items():
+        if arguments.place and place not in arguments.place:
+            continue
+        directory = Path(tempfile.mkdtemp(prefix="bmigrate-bench-", dir=root))
+        try:
+            result[place] = measure(directory, arguments.mib * MIB, arguments.rounds, arguments.hash)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
     if arguments.json:
         print(json.dumps(result))
         return 0
-    for name, rates in result["bytes_per_second"].items():
-        print(f"{name}: {' '.join(f'{rate / MIB:.0f}' for rate in rates)} MiB/s")
-    for name, ratios in result["ratios"].items():
-        print(f"{name} / the lower of read and hash: {spread(ratios)}")
+    for place, found in result.items():
+        print(f"{place}, compared by {found['hash']}:")
+        for name, rates in found["bytes_per_second"].items():
+            print(f"  {name}: {' '.join(f'{rate / MIB:.0f}' for rate in rates)} MiB/s")
+        for bound, parts in BOUNDS.items():
+            for name, ratios in found["ratios"][bound].items():
+                print(f"  {name} / {' or '.join(parts)}: {spread(ratios)}")
     return 0
 
 

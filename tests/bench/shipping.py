@@ -59,14 +59,22 @@ class _World(World):
 
 
 class Bench:
-    """Two hosts in one directory with a real sshd between them.
+    """Two hosts in one directory with a real sshd between them. ``receiver``: more of its environment.
 
     Attributes:
         extra: more lines of the workload's configuration, for the next daemon. port: of 127.0.0.1, where it connects
             to: sshd's, or one that leads there.
     """
 
-    def __init__(self, directory: Path, size: int, kind: str, monkeypatch: pytest.MonkeyPatch, extra: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        size: int,
+        kind: str,
+        monkeypatch: pytest.MonkeyPatch,
+        extra: str,
+        receiver: dict[str, str] | None = None,
+    ) -> None:
         self.size = size
         self.world = _World(directory, monkeypatch, {"data": size})
         self.extra = extra
@@ -79,14 +87,15 @@ class Bench:
         sshd.make_key(directory / "plain")
         self.plain = directory / "plain"
         environment = {k: v for k, v in self.world.beta.environment.items() if k.startswith(("BMIGRATE", "PYTHON"))}
-        receiver = directory / "receiver"
-        receiver.write_text(
+        environment.update(receiver or {})
+        program = directory / "receiver"
+        program.write_text(
             "#!/bin/sh\nexec env "
             + " ".join(f"'{key}={value}'" for key, value in environment.items())
             + f" {sys.executable} {EDGE} breceive --workload wl\n"
         )
-        receiver.chmod(0o755)
-        self.server.authorize(keys / "wl.pub", str(receiver))
+        program.chmod(0o755)
+        self.server.authorize(keys / "wl.pub", str(program))
         self.server.authorize(self.plain.with_suffix(".pub"))
         self.known = directory / "known_hosts"
         self.known.write_text(self.server.known_host())

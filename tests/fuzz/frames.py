@@ -24,7 +24,7 @@ from typing import Any, Callable
 from bmigrate.common.errors import BmigrateError
 from bmigrate.receive import session as sessions
 from bmigrate.receive.volumes import StandbyVolume
-from bmigrate.wire import frames, packing
+from bmigrate.wire import frames, hashing, packing
 from bmigrate.wire.frames import FrameError, FrameReader, FrameType, FrameWriter
 
 EPOCH = 7
@@ -150,7 +150,8 @@ class Fuzzer:
         if self.random.random() < 0.25:
             session = sessions.Member(link, self._volumes, self._unpacker)
         else:
-            session = sessions.Session(link, self._volumes, acks, lambda name: None, self._unpacker)
+            name = hashing.NAMES[self.counts.streams % len(hashing.NAMES)]
+            session = sessions.Session(link, self._volumes, acks, lambda name: None, self._unpacker, name)
         session.begin()
         try:
             for frame in reader.feed(stream):

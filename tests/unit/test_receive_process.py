@@ -202,6 +202,44 @@ def test_a_wrong_version_is_told_apart(host: StandbyHost) -> None:
     ends_with(sender, "wrong_version")
 
 
+@pytest.mark.parametrize(
+    ("version", "wanted", "faster", "agreed"),
+    [
+        (3, "sha256", "sha256", "sha256"),
+        (3, "sha256", "blake2b", "blake2b"),
+        (3, "blake2b", "sha256", "blake2b"),
+        (9, "of-a-later-release", "sha256", None),
+        (9, "blake3", "sha256", "blake2b"),
+        (2, "blake2b", "sha256", "blake2b"),
+        (2, "sha256", "sha256", "blake2b"),
+        (1, "blake2b", "sha256", "blake2b"),
+    ],
+)
+def test_the_hash_is_sha256_only_where_both_ends_are_faster_with_it(
+    host: StandbyHost, version: int, wanted: str, faster: str, agreed: str | None
+) -> None:
+    """And what is answered is of the one that was agreed on."""
+    host.environment["BMIGRATE_TEST_HASH"] = faster
+    try:
+        sender = host.sender()
+        answer = sender.hello(host, v=version, hash=wanted)
+    finally:
+        del host.environment["BMIGRATE_TEST_HASH"]
+    if agreed is None:
+        assert answer.type is FrameType.ERROR
+        return
+    assert sender.welcome is not None and sender.welcome.hash == agreed
+    assert ("hash" in json.loads(bytes(answer.payload))) == (version >= 3), "an older sender knows no such field"
+    data = content(host)[: 5 * MIB - 512]
+    sender.send(FrameType.HASH, offset=0, aux=len(data), payload=frames.encode_chunk(65536))
+    frame = sender.receive()
+    assert frame is not None and frame.type is FrameType.HASHES
+    want = [hashlib.sha256(data[at : at + 65536]).digest()[:16] for at in range(0, len(data), 65536)]
+    if agreed == "blake2b":
+        want = [hashlib.blake2b(data[at : at + 65536], digest_size=16).digest() for at in range(0, len(data), 65536)]
+    assert bytes(frame.payload) == b"".join(want)
+
+
 @pytest.mark.parametrize("highest", [1, frames.VERSION, frames.VERSION + 5])
 def test_a_session_is_of_the_newest_version_that_both_speak(host: StandbyHost, highest: int) -> None:
     sender = host.session(v=highest)
@@ -355,7 +393,7 @@ def test_memory_stays_bounded(host: StandbyHost) -> None:
         # Hashed and flushed beside each other: which answer comes first is open.
         answers = [sender.receive() for _ in range(2)]
         assert {frame.type for frame in answers if frame is not None} == {FrameType.HASHES, FrameType.ACK}
-    assert resident() - before < (hasher.BUFFERS + 8) * MIB
+    assert resident() - before < hasher.BUFFERS * hasher.BUFFER_BYTES + 8 * MIB
 
 
 def test_a_sender_that_takes_no_answer_costs_no_memory(host: StandbyHost) -> None:

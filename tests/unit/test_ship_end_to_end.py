@@ -269,7 +269,7 @@ def test_resync_is_done_once_more_when_others_may_have_written(wide: World) -> N
     engine = wide.engine()
     wide.until(engine, "in_step")
     _missed_writes(wide)
-    wait(lambda: (engine.progress or {}).get("done_bytes", 0) > 12 * MIB, "a part of the resync")
+    wait(lambda: (engine.progress or {}).get("done_bytes", 0) > 4 * MIB, "a part of the resync")
     _pause(wide, engine)
     hashed = engine.totals.hashed_bytes
     with open(wide.replica(), "r+b") as stream:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 from typing import Any
 
@@ -16,6 +15,7 @@ from bmigrate.common.state import WorkloadState
 from bmigrate.ship import compare, pacing, rates, verdict, wanted, zeros
 from bmigrate.ship.ledger import Ledger
 from bmigrate.ship.window import Claim, ProtocolError, Window
+from bmigrate.wire.hashing import digests
 
 # -- zeroes ------------------------------------------------------------------------------------------
 
@@ -171,15 +171,10 @@ def test_differing_names_exactly_the_chunks_that_differ(flips: list[bool], tail:
     for number, flip in enumerate(flips):
         if flip:
             other[number * chunk] = 1
-    runs = compare.differing(compare.digests(own, chunk), compare.digests(bytes(other), chunk), length, chunk)
+    runs = compare.differing(digests("blake2b", own, chunk), digests("blake2b", bytes(other), chunk), length, chunk)
     found = {at // chunk for start, size in runs for at in range(start, start + size)}
     assert found == {number for number, flip in enumerate(flips) if flip}
     assert all(start + size <= length for start, size in runs)
-
-
-def test_digests_are_blake2b_of_128_bits() -> None:
-    """The same as breceive computes."""
-    assert compare.digests(b"ab", 1) == b"".join(hashlib.blake2b(c, digest_size=16).digest() for c in (b"a", b"b"))
 
 
 # -- pacing ------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from typing import Any
 
@@ -78,6 +79,9 @@ def put(fields: dict[str, Any], path: tuple[Any, ...], value: Any) -> bytes:
         (("join",), {"epoch": 1}, "session_id"),
         (("join",), {"epoch": 0, "session_id": "d" * 32}, "epoch"),
         (("join",), {"epoch": 1, "session_id": "d" * 32, "surprise": 1}, "surprise"),
+        (("hash",), "", "hash"),
+        (("hash",), "SHA-256", "hash"),
+        (("hash",), 256, "hash"),
     ],
 )
 def test_a_wrong_field_is_named(path: tuple[Any, ...], value: Any, named: str) -> None:
@@ -163,3 +167,13 @@ def test_streams_and_joining_are_for_those_who_know_them() -> None:
     assert greeting.decode_welcome(greeting.encode(granted)).streams == 4
     assert "streams" not in greeting.Welcome(**{**vars(WELCOME), "v": 2}).to_dict()
     assert "compression" not in greeting.Welcome(**{**vars(WELCOME), "v": 1}).to_dict()
+
+
+def test_a_peer_that_says_nothing_of_a_hash_compares_by_blake2b() -> None:
+    """As every peer before version 3; and to such a sender the receiver says nothing of it either."""
+    old = {key: value for key, value in HELLO.to_dict().items() if key != "hash"}
+    assert greeting.decode_hello({**old, "v": 2, "v_min": 1}).hash == "blake2b"
+    for version in range(frames.MIN_VERSION, frames.VERSION + 1):
+        said = dataclasses.replace(WELCOME, v=version, hash="sha256" if version >= 3 else "blake2b")
+        assert ("hash" in said.to_dict()) == (version >= 3)
+        assert greeting.decode_welcome(greeting.encode(said)) == said

@@ -2,13 +2,12 @@
 """Answers HASH beside the writes: the caller's thread reads, a few threads hash, one sends the answers in order.
 
 Promises: what is hashed was read when the frame was handled, so a write that follows the frame is not in it, and one
-before it is; answers leave in the order of the requests. Memory is bounded: BUFFERS buffers of READ_BYTES and MAX_OPEN
-answers; who asks for more waits. The first failure ends the session.
+before it is; answers leave in the order of the requests. Memory is bounded: BUFFERS buffers of BUFFER_BYTES and
+MAX_OPEN answers; who asks for more waits. The first failure ends the session.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import mmap
 import os
@@ -18,11 +17,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from bmigrate.common.errors import BmigrateError, DefectError
 from bmigrate.receive.link import Link
-from bmigrate.receive.volumes import READ_BYTES, StandbyVolume
-from bmigrate.wire import frames
+from bmigrate.receive.volumes import StandbyVolume
+from bmigrate.wire import hashing
 from bmigrate.wire.frames import FrameType
 
-BUFFERS = 6
+BUFFERS = 4
+BUFFER_BYTES = 4 << 20
+"""Read at once: whole chunks, because it is a multiple of the largest chunk that framing lets through."""
 MAX_WORKERS = 4
 MAX_OPEN = 64
 log = logging.getLogger("breceive")
@@ -41,11 +42,12 @@ class Hasher:
     """The threads that hash and answer. ``stop`` when the session ends.
 
     Args:
-        link: the answers leave through it, and a failure is reported through it.
+        link: the answers leave through it, and a failure is reported through it. hash_name: of the session.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, hash_name: str = hashing.BLAKE2B) -> None:
         self._link = link
+        self._hash_name = hash_name
         self._pool: ThreadPoolExecutor | None = None
         self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[_Answer | None] = queue.SimpleQueue()
@@ -59,7 +61,7 @@ class Hasher:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1), "hash")
             for _ in range(BUFFERS):
-                self._free.put(memoryview(mmap.mmap(-1, READ_BYTES)))
+                self._free.put(memoryview(mmap.mmap(-1, BUFFER_BYTES)))
             self._thread.start()
         return self._pool
 
@@ -82,8 +84,7 @@ class Hasher:
         end = offset + length
         try:
             while offset < end:
-                # Whole chunks: a buffer is as long as the largest chunk that framing lets through.
-                step = min(READ_BYTES, end - offset)
+                step = min(BUFFER_BYTES, end - offset)
                 buffer = self._buffer()
                 view = volume.read_into(buffer[:step], offset)
                 answer.parts.put(pool.submit(self._digests, buffer, view, chunk_bytes))
@@ -101,10 +102,7 @@ class Hasher:
 
     def _digests(self, buffer: memoryview, view: memoryview, chunk_bytes: int) -> bytes:
         try:
-            return b"".join(
-                hashlib.blake2b(view[start : start + chunk_bytes], digest_size=frames.HASH_DIGEST_BYTES).digest()
-                for start in range(0, len(view), chunk_bytes)
-            )
+            return hashing.digests(self._hash_name, view, chunk_bytes)
         finally:
             self._free.put(buffer)
 

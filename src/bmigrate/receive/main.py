@@ -26,7 +26,7 @@ from bmigrate.receive.ackfile import AckFile
 from bmigrate.receive.link import Link
 from bmigrate.receive.session import Member, Session, Writes
 from bmigrate.receive.volumes import StandbyVolume
-from bmigrate.wire import frames, packing
+from bmigrate.wire import frames, hashing, packing
 from bmigrate.wire import hello as greeting
 from bmigrate.wire.frames import FrameError, FrameType
 
@@ -144,7 +144,8 @@ def serve(link: Link, workload: str) -> str:
             if hello.join is None:
                 acks = AckFile(workload, grant["epoch"], grant["session_id"], hello.generation.id)
             link.start_session(grant["epoch"], lifeline, grant["silence_seconds"], hello.version)
-            link.send(FrameType.WELCOME, payload=greeting.encode(_welcome(hello, grant)))
+            welcome = _welcome(hello, grant)
+            link.send(FrameType.WELCOME, payload=greeting.encode(welcome))
             log.info(
                 "workload %s: %s session %s of epoch %d with %s, process %d",
                 workload,
@@ -165,7 +166,7 @@ def serve(link: Link, workload: str) -> str:
             if acks is None:
                 session = Member(link, volumes, unpacker)
             else:
-                session = Session(link, volumes, acks, clear_suspect, unpacker)
+                session = Session(link, volumes, acks, clear_suspect, unpacker, welcome.hash)
             return session.run()
         finally:
             for item in volumes:
@@ -191,6 +192,7 @@ def _welcome(hello: greeting.Hello, grant: dict[str, Any]) -> greeting.Welcome:
         v=hello.version,
         compression=_compression(hello),
         streams=hello.streams if hello.version >= 3 else 1,
+        hash=hashing.agree(hello.version, hello.hash),
         volumes=[
             greeting.WelcomeVolume(
                 volume.name,

@@ -23,7 +23,7 @@ from bmigrate.receive.flusher import Flusher
 from bmigrate.receive.hasher import Hasher
 from bmigrate.receive.link import Link
 from bmigrate.receive.volumes import StandbyVolume
-from bmigrate.wire import frames
+from bmigrate.wire import frames, hashing
 from bmigrate.wire.frames import Frame, FrameType
 from bmigrate.wire.packing import Unpacker
 
@@ -137,7 +137,7 @@ class Session(Writes):
     """Handles the frames of the first stream of an epoch.
 
     Args:
-        acks: the open receive.ack.
+        acks: the open receive.ack. hash_name: the hash that was agreed on.
         clear_suspect: tells hold that the volume of that name was compared as a whole and is equal again.
     """
 
@@ -148,10 +148,11 @@ class Session(Writes):
         acks: AckFile,
         clear_suspect: Callable[[str], None],
         unpacker: Unpacker | None = None,
+        hash_name: str = hashing.BLAKE2B,
     ) -> None:
         super().__init__(link, volumes, unpacker)
         self._flusher = Flusher(link, volumes, acks)
-        self._hasher = Hasher(link)
+        self._hasher = Hasher(link, hash_name)
         self._clear_suspect = clear_suspect
         self._last_sync = 0
         self._handlers.update(

@@ -17,7 +17,7 @@ from bmigrate.ship.link import Link, StreamEnded
 from bmigrate.ship.record import Record
 from bmigrate.ship.source import SourceVolume
 from bmigrate.ship.tracker import Snapshot
-from bmigrate.wire import frames, hello, packing
+from bmigrate.wire import frames, hashing, hello, packing
 from bmigrate.wire.frames import FrameType
 from bmigrate.wire.hello import Welcome
 
@@ -70,6 +70,7 @@ def greeting(
         highest_epoch=snapshot.highest_epoch,
         compression=packing.NAME if config.compression == packing.NAME and packing.available() else "",
         streams=config.streams,
+        hash=hashing.preferred(),
         volumes=[
             hello.HelloVolume(item.name, item.size_bytes, item.logical_block_size, item.granule_bytes)
             for item in volumes
@@ -107,6 +108,12 @@ def shake_hands(link: Link, greet: hello.Hello, volumes: list[SourceVolume]) -> 
     if welcome.streams > max(greet.streams, 1):
         raise RefusedError(
             f"{peer} wants {welcome.streams} streams, {greet.streams} were offered", host=peer, reason="bad_hello"
+        )
+    if welcome.hash not in (hashing.BLAKE2B, greet.hash):
+        raise RefusedError(
+            f"{peer} wants to compare by the hash {welcome.hash!r}, which was not offered",
+            host=peer,
+            reason="bad_hello",
         )
     link.set_epoch(welcome.epoch)
     return welcome

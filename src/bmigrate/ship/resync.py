@@ -2,8 +2,8 @@
 """Resync of a suspect volume: every block is compared by checksum, and only what differs is sent.
 
 How: the whole volume is marked dirty, then walked like in a pass, but each claim is compared
-before it is sent: our own O_DIRECT read of the claimed blocks against the digests (BLAKE2b, 128
-bits, one per granule) of the standby's own direct read. Equal granules are not sent. Then the
+before it is sent: our own O_DIRECT read of the claimed blocks against the digests (128
+bits, one per granule where anything differs) of the standby's own direct read. Equal granules are not sent. Then the
 claim goes the way of every claim: SYNC, durable acknowledgement, cleared.
 
 Why a write during the comparison is safe. (1) A block is read after it was claimed: a write that the read
@@ -36,7 +36,7 @@ from typing import Callable
 
 from bmigrate.common import faults, ranges
 from bmigrate.common.errors import DefectError, RefusedError
-from bmigrate.ship.compare import Comparison, Piece
+from bmigrate.ship.compare import BATCH_BYTES, Comparison, Piece
 from bmigrate.ship.pacer import Pacer
 from bmigrate.ship.passes import Sender
 from bmigrate.ship.readahead import CLAIM_BYTES
@@ -44,6 +44,10 @@ from bmigrate.ship.session import Session
 from bmigrate.ship.source import READ_BYTES, SourceVolume
 from bmigrate.ship.window import Claim
 from bmigrate.wire.frames import FrameType
+
+SAME_CLAIM_BYTES = 16 << 20
+"""Claimed at once while nothing differs: fewer questions to breqd. Else as much as in a pass: who interrupts the resync
+waits until what was claimed is sent."""
 
 
 class _Pending:
@@ -82,6 +86,7 @@ class Resync:
         self._progress = progress
         self._sender = Sender(session, pacer)
         self._compared_bytes = 0
+        self._claim_bytes = CLAIM_BYTES
         self.different_bytes = 0
 
     def run(self) -> None:
@@ -125,13 +130,13 @@ class Resync:
                     comparison.finish()
                     self._sender.flush()
                     raise RefusedError("the resync was interrupted", volume=self._volume.name, reason="interrupted")
-                claim = self._session.claim(self._volume, offset, CLAIM_BYTES)
+                claim = self._session.claim(self._volume, offset, self._claim_bytes)
                 if claim is None:
                     break
                 self._pacer.enter()
-                pieces = [piece for extent in claim.extents for piece in ranges.pieces(*extent, READ_BYTES)]
-                pending = _Pending(claim, len(pieces))
-                for start, length in pieces:
+                batches = [piece for extent in claim.extents for piece in ranges.pieces(*extent, BATCH_BYTES)]
+                pending = _Pending(claim, sum(-(-length // READ_BYTES) for _, length in batches))
+                for start, length in batches:
                     comparison.put(self._volume, start, length, pending)
                 offset = claim.next_offset
             comparison.finish()
@@ -164,4 +169,5 @@ class Resync:
         if not pending.pieces:
             claim = pending.claim
             claim.same_bytes = claim.total_bytes - claim.data_bytes - claim.zero_bytes
+            self._claim_bytes = SAME_CLAIM_BYTES if claim.same_bytes == claim.total_bytes else CLAIM_BYTES
             self._sender.finished(claim)

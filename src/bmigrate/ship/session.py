@@ -40,7 +40,7 @@ from bmigrate.ship.source import SourceVolume
 from bmigrate.ship.tracker import Snapshot, Tracker
 from bmigrate.ship.transport import Stream, Transport, closed_by_peer
 from bmigrate.ship.window import Claim, ProtocolError, Window
-from bmigrate.wire import frames, hello
+from bmigrate.wire import frames, hashing, hello
 from bmigrate.wire.frames import FrameType
 from bmigrate.wire.packing import Packer
 
@@ -68,7 +68,7 @@ class Session:
 
     Attributes:
         epoch, session_id: of the lease. version: of the protocol. volumes: in the configured order.
-        lanes: its streams; the first carries requests and acknowledgements.
+        lanes: its streams; the first carries requests and acknowledgements. hash: name of the hash of HASHES.
         standby_suspects: volume -> why the standby distrusts its copy, as of WELCOME.
         rate: the ship rate, fed by the acknowledgements.
     """
@@ -80,6 +80,7 @@ class Session:
         self.epoch = 0
         self.session_id = ""
         self.version = frames.VERSION
+        self.hash = hashing.BLAKE2B
         self.lanes: list[Lane] = []
         self.incarnation = ""
         self.volumes: list[SourceVolume] = []
@@ -151,6 +152,7 @@ class Session:
         first = self._connect(transport)
         welcome = handshake.shake_hands(first, greeting, self.volumes)
         self.epoch, self.session_id, self.version = welcome.epoch, welcome.session_id, welcome.v
+        self.hash = welcome.hash
         self._add_lane(first, welcome)
         # All are started before the first is waited for: a connection takes a few round trips.
         others = [self._connect(transport) for _ in range(1, min(welcome.streams, self.config.streams))]

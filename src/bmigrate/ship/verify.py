@@ -20,7 +20,7 @@ from typing import Callable
 
 from bmigrate.common import ranges
 from bmigrate.common.errors import RefusedError
-from bmigrate.ship.compare import Comparison, Piece
+from bmigrate.ship.compare import BATCH_BYTES, Comparison, Piece
 from bmigrate.ship.pacer import Pacer
 from bmigrate.ship.passes import run_pass
 from bmigrate.ship.session import Session
@@ -226,7 +226,7 @@ def _compare(
         for extent in extents:
             if found.full():
                 break
-            for offset, length in ranges.pieces(*extent, READ_BYTES):
+            for offset, length in ranges.pieces(*extent, BATCH_BYTES):
                 if interrupted():
                     # The session goes on with a drain: no answer to us may be taken for one to it.
                     comparison.finish()

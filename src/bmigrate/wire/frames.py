@@ -22,7 +22,7 @@ from typing import NamedTuple, Union
 MAGIC = 0x31474D42  # "BMG1", little-endian
 VERSION = 3
 """The newest version that this host speaks; 2 has EXTENTS and PACKED frames, 3 sessions of several streams, with
-MARK frames. HELLO and WELCOME agree on one."""
+MARK frames, and a choice of the hash. HELLO and WELCOME agree on one."""
 MIN_VERSION = 1
 HEADER = struct.Struct("<IBBHQQQQIIII")
 HEADER_BYTES = 56

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from bmigrate.wire import hashing
 from bmigrate.wire.frames import MIN_VERSION, VERSION, FrameError
 
 MAX_VOLUMES = 16
@@ -24,8 +25,9 @@ _ID = re.compile(r"[0-9a-f]{32}\Z")
 _INCARNATION = re.compile(r"[0-9a-f]{8,64}\Z")
 _BOOT_ID = re.compile(r"[0-9a-f-]{32,36}\Z")
 _COMPRESSION = re.compile(r"[a-z0-9]{0,16}\Z")
+_HASH = re.compile(r"[a-z0-9]{1,16}\Z")
 _MAX_U64 = (1 << 64) - 1
-_WELCOME_SINCE = {"compression": 2, "streams": 3}
+_WELCOME_SINCE = {"compression": 2, "hash": hashing.SINCE_VERSION, "streams": 3}
 """The version that brought a field of WELCOME; older ones are those that every version has."""
 
 
@@ -97,8 +99,9 @@ class Hello:
     `incarnation` is that of its breqd. `highest_epoch` is the highest epoch that breqd has ever
     been told of (0: none): the new one will be above it, also when the standby's notes were lost.
     `v_min` to `v` are the versions of the protocol that the sender speaks. `compression` is what it would like to
-    use, "" for none. `streams` is how many streams it would like the session to have, this one included; `join` makes
-    this one a further stream of a session that is open, instead of the first of a new one.
+    use, "" for none; `hash` is what it would like to compare by. `streams` is how many streams it would like the
+    session to have, this one included; `join` makes this one a further stream of a session that is open, instead of the
+    first of a new one.
     """
 
     workload: str
@@ -112,6 +115,7 @@ class Hello:
     v: int = VERSION
     v_min: int = MIN_VERSION
     compression: str = ""
+    hash: str = hashing.BLAKE2B
     streams: int = 1
     join: Join | None = None
 
@@ -141,7 +145,7 @@ class Welcome:
     """The receiver's answer: the session is open, the fence of `epoch` is durable.
 
     `v` is the version of the session, `compression` what PACKED frames may be compressed with, "" for none of them,
-    `streams` how many streams the session may have, this one included.
+    `hash` that of HASHES, `streams` how many streams the session may have, this one included.
     """
 
     epoch: int
@@ -152,6 +156,7 @@ class Welcome:
     volumes: list[WelcomeVolume] = field(default_factory=list)
     v: int = VERSION
     compression: str = ""
+    hash: str = hashing.BLAKE2B
     streams: int = 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,6 +207,7 @@ def decode_hello(payload: bytes | memoryview | Mapping[str, Any]) -> Hello:
         compression=data.text("compression", _COMPRESSION, optional=True) or "",
         streams=data.number("streams", 1, MAX_STREAMS, default=1),
         join=None if join is None else Join(join.number("epoch", 1), join.text("session_id", _ID)),
+        hash=data.text("hash", _HASH, optional=True) or hashing.BLAKE2B,
     )
     generation.done()
     for part in (last, join):
@@ -241,6 +247,7 @@ def decode_welcome(payload: bytes | memoryview | Mapping[str, Any]) -> Welcome:
         v=agree(version, version),
         compression=data.text("compression", _COMPRESSION, optional=True) or "",
         streams=data.number("streams", 1, MAX_STREAMS, default=1),
+        hash=data.text("hash", _HASH, optional=True) or hashing.BLAKE2B,
     )
     data.done()
     if [volume.index for volume in volumes] != list(range(len(volumes))):
