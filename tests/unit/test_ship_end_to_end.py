@@ -590,6 +590,7 @@ def test_bandwidth_limit_holds_and_a_drain_ignores_it(tmp_path: Path, monkeypatc
         wait(lambda: engine.totals.shipped_bytes > MIB, "some progress")
         assert engine.state()[0] == "seeding"
         assert engine.totals.shipped_bytes < 12 * MIB
+        wait(lambda: engine.report()["limiter"] == "bandwidth_limit", "the limit to be named")
         result = world.drain(engine)
         assert result["bytes_shipped"] > 8 * MIB and result["seconds"] < 6
         world.check_equal()

@@ -134,6 +134,47 @@ def test_never_while_losing_ground_or_draining(monkeypatch: pytest.MonkeyPatch) 
     assert time.monotonic() - began < 1.5, "a rest of two seconds must end when a drain begins"
 
 
+# -- the limiter -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cause", pacer.LIMITERS)
+def test_the_limiter_is_what_took_most_of_a_pass(cause: str) -> None:
+    """Of all that was charged, if it was a fifth of the time at least; a new walk begins at nothing."""
+    polite = pacer.Pacer(0)
+    assert polite.limiter(1.0) is None
+    for other in pacer.LIMITERS:
+        polite.charge(other, 3.0 if other == cause else 2.0)
+    assert polite.limiter(14.0) == cause
+    assert polite.limiter(16.0) is None, "most of the time went elsewhere"
+    assert polite.limiter(0.0) is None
+    polite.begin()
+    assert polite.limiter(1.0) is None
+
+
+def test_waiting_for_the_bandwidth_limit_is_charged_to_it() -> None:
+    """And nothing is when there is no limit, or no time for one."""
+    limited, free, urgent = pacer.Pacer(4 * MIB), pacer.Pacer(0), pacer.Pacer(4 * MIB)
+    urgent.urgent.set()
+    for item in (limited, free, urgent):
+        item.before_send(3 * MIB)
+        item.before_send(1)
+    assert limited.spent["bandwidth_limit"] > 0.2
+    assert limited.limiter(1.0) == "bandwidth_limit"
+    for item in (free, urgent):
+        assert item.spent["bandwidth_limit"] < 0.1
+
+
+@pytest.mark.parametrize("reason", ["io_latency", "io_pressure"])
+def test_a_rest_is_charged_to_why_it_is_taken(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    monkeypatch.setattr(gentle, "write_times", lambda number: None)
+    polite = pacer.Pacer(0)
+    polite.foreground_writes = True
+    polite._governors[7] = suffering = Governor(MIB)
+    suffering.factor, suffering.reason = 2.0, reason
+    polite.rest(7, MIB, 0.1)
+    assert 0.2 <= polite.spent[reason] < 1.0 and polite.limiter(0.3) == reason
+
+
 # -- the edge ----------------------------------------------------------------------------------------
 
 
