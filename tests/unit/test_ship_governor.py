@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bmigrate.common import blockdev
 from bmigrate.ship import gentle, governor, pacer
 from bmigrate.ship.governor import Governor, Sample
 
@@ -252,3 +253,55 @@ def test_the_idle_class_ends_when_nobody_may_come_first_any_more() -> None:
         assert entered() == gentle.CLASS_NONE
         polite.urgent.clear()
         assert entered() == gentle.CLASS_IDLE
+
+
+# -- the I/O scheduler -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "release", "honoured"),
+    [
+        ("bfq", "5.10.0-30-amd64", True),
+        ("mq-deadline", "5.10.0-30-amd64", False),
+        ("mq-deadline", "6.1.0", True),
+        ("mq-deadline", "strange", False),
+        ("none", "6.12.0", False),
+        ("kyber", "6.12.0", False),
+    ],
+)
+def test_which_schedulers_honour_the_idle_class(name: str, release: str, honoured: bool) -> None:
+    assert gentle.honours_idle(name, release) == honoured
+
+
+def _disk(root: Path, name: str, scheduler: str | None) -> Path:
+    """A disk as sysfs shows it."""
+    disk = root / name
+    (disk / "queue").mkdir(parents=True)
+    (disk / "slaves").mkdir()
+    if scheduler is not None:
+        (disk / "queue" / "scheduler").write_text(scheduler + "\n")
+    return disk
+
+
+def test_the_scheduler_that_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the disk itself, or of what it is made of, partitions and stacks included; unknown is not "not honoured"."""
+    sda = _disk(tmp_path, "sda", "none mq-deadline kyber [bfq]")
+    sdb = _disk(tmp_path, "sdb", "[none] mq-deadline")
+    (sda / "sda1").mkdir()
+    (sda / "sda1" / "partition").write_text("1\n")
+    md, dm = _disk(tmp_path, "md0", None), _disk(tmp_path, "dm-0", "none")
+    (dm / "slaves" / "sda1").symlink_to(sda / "sda1")
+    (md / "slaves" / "dm-0").symlink_to(dm)
+    places = {"/dev/sda": sda, "/dev/sdb": sdb, "/dev/md0": md, "/dev/zram0": _disk(tmp_path, "zram0", None)}
+    monkeypatch.setattr(blockdev, "disk_dir", lambda path: places[path])
+    assert gentle.scheduler("/dev/sda") == ("bfq", True)
+    assert gentle.scheduler("/dev/sdb") == ("none", False)
+    assert gentle.scheduler("/dev/md0") == ("bfq", True), "a dm device schedules nothing itself"
+    (md / "slaves" / "sdb").symlink_to(sdb)
+    assert gentle.scheduler("/dev/md0") == ("bfq+none", False)
+    assert gentle.scheduler("/dev/zram0") == (None, None)
+
+
+def test_no_scheduler_of_what_is_no_block_device(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert gentle.scheduler(str(tmp_path / "file")) == gentle.scheduler(str(tmp_path / "gone")) == (None, None)
