@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from tests.model.__main__ import MUTANTS, PROBES, check
+from tests.model.__main__ import MODEL, MUTANTS, PROBES, check
+from tests.mutants import catalogue
 
 SMALL = {"WRITES": 2, "SESSIONS": 2, "FAULTS": 1}
 
@@ -18,3 +21,12 @@ def test_the_invariant_holds_in_every_state() -> None:
 @pytest.mark.parametrize("name", [*PROBES, *MUTANTS])
 def test_what_must_be_found_is_found(name: str) -> None:
     assert not check(name, SMALL).holds, f"{name}: {({**MUTANTS, **PROBES})[name]}"
+
+
+def test_every_rule_that_is_sabotaged_in_the_programs_is_one_of_the_model() -> None:
+    """By the same name: what a mutant of the code takes out must be needed in the model as well, and be in it."""
+    sabotaged = {mutant.name.upper().replace("-", "_") for mutant in catalogue.MUTANTS}
+    assert len(sabotaged) >= 7
+    assert sabotaged <= set(MUTANTS), f"not in tests/model: {sorted(sabotaged - set(MUTANTS))}"
+    text = MODEL.read_text()
+    assert not [name for name in [*MUTANTS, *PROBES] if not re.search(rf"(?m)^#if.*\b{name}\b", text)]
