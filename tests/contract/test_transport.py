@@ -7,6 +7,7 @@ The far end is a program in place of the real one that plays a receiver: it echo
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import select
 import socket
@@ -300,9 +301,56 @@ def test_nothing_secret_is_in_an_argument_list(name: str, keys: Path, server: ss
     assert _read(stream, 1) == b"x"
     said = Path(f"/proc/{stream.pid}/cmdline").read_text()
     assert str(paths.key_file("wl")) in said
-    secret = "".join(paths.key_file("wl").read_text().splitlines()[1:-1])
-    assert not any(secret[at : at + 16] in said for at in range(len(secret) - 16))
+    assert not _told_of(_secret(), said)
     stream.close()
+
+
+def _secret() -> str:
+    """What is in the private key, without its first and last line."""
+    secret = "".join(paths.key_file("wl").read_text().splitlines()[1:-1])
+    assert len(secret) > 200
+    return secret
+
+
+def _told_of(secret: str, said: str) -> list[str]:
+    """What of a secret is in a text, line breaks left out: any 16 characters in a row."""
+    said = "".join(said.split())
+    return [part for at in range(len(secret) - 15) if (part := secret[at : at + 16]) in said]
+
+
+@REAL
+@pytest.mark.parametrize("key", ["accepted", "refused", "missing", "damaged"])
+def test_nothing_secret_is_logged_or_said(
+    name: str, key: str, keys: Path, server: sshd.Sshd, config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither in our log at its most talkative, nor on the child's standard error, nor in what the operator is told."""
+    caplog.set_level(logging.DEBUG)
+    secret = _secret()
+    if key == "accepted":
+        server.authorize(Path(f"{paths.key_file('wl')}.pub"), str(_program(keys, "exec cat")))
+    elif key == "missing":
+        paths.key_file("wl").unlink()
+    elif key == "damaged":
+        lines = paths.key_file("wl").read_text().splitlines()
+        paths.key_file("wl").write_text("\n".join([lines[0], *lines[2:]]) + "\n")
+    heard = []
+    try:
+        stream = Local(name, server.port).open(config)
+    except RefusedError as error:
+        assert key == "missing" and error.reason == "key_missing"
+        heard.append(str(error.to_dict()))
+    else:
+        if key == "accepted":
+            _write_all(stream.write_fd, b"x")
+            assert _read(stream, 1) == b"x"
+        else:
+            assert key != "missing" and _read(stream, 1) == b""
+            assert stream.stderr_tail(), "nothing was said at all"
+            heard.append(str(stream.failure().to_dict()))
+        heard.append(stream.stderr_tail())
+        stream.close()
+    heard += [entry.getMessage() for entry in caplog.records]
+    assert not _told_of(secret, "\n".join(heard))
 
 
 def test_paramiko_prefers_what_is_fast_and_takes_nothing_weak() -> None:

@@ -21,6 +21,8 @@ from bmigrate.handover import machine, store
 from bmigrate.handover.host import Host
 from tests.unit.handover_world import config_of
 
+ROOT = Path(__file__).resolve().parents[2]
+
 # -- lock and preemption ----------------------------------------------------------------------------
 
 HOLDER = """
@@ -183,3 +185,48 @@ def test_a_timer_that_does_not_start_stops_the_quiesce(monkeypatch: pytest.Monke
     with pytest.raises(RefusedError) as caught:
         host.arm_dead_man("r1", 90.0)
     assert "dead-man" in caught.value.message
+
+
+CHANGE = """
+import os, signal, sys
+from bmigrate.common import state
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if len(sys.argv) > 1:
+    setattr(os, sys.argv[1], die)
+with state.locked("pg") as item:
+    item.role, item.handover = "standby", {"run_id": "r" * 5000, "phase": "committed", "side": "source"}
+"""
+
+
+@pytest.mark.parametrize(
+    ("plan", "function", "new"),
+    [
+        ("state.replace=kill", "", False),
+        ("", "write", False),  # the temporary file is there, and empty
+        ("", "fsync", False),  # its content is written, perhaps not durable
+        ("", "rename", False),
+        ("state.replaced=kill", "", True),
+    ],
+)
+def test_a_process_that_dies_while_it_replaces_the_state_leaves_the_old_one_or_the_new(
+    primary: states.WorkloadState, plan: str, function: str, new: bool
+) -> None:
+    """Whole, as it was or as it should become; and whoever comes next can go on, lock and leftovers notwithstanding."""
+    path = paths.state_dir("pg") / "state.json"
+    old = path.read_text()
+    words = [sys.executable, "-c", CHANGE, *filter(None, [function])]
+    environment = {**os.environ, "BMIGRATE_FAULTS": plan, "PYTHONPATH": "src"}
+    killed = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, timeout=60)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    found = states.load("pg")
+    assert found is not None and (found.role == "standby") == new
+    if new:
+        assert found.handover is not None and len(found.handover["run_id"]) == 5000
+    else:
+        assert path.read_text() == old and found == primary
+    subprocess.run([sys.executable, "-c", CHANGE], env={**environment, "BMIGRATE_FAULTS": ""}, cwd=ROOT, check=True)
+    found = states.load("pg")
+    assert found is not None and found.role == "standby" and states.load_all() == [found]

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from tests.model.__main__ import MUTANTS, PROBES, STREAM_MUTANTS, STREAM_PROBES, STREAMS, check
+from tests.model.__main__ import MODEL, MUTANTS, PROBES, STREAM_MUTANTS, STREAM_PROBES, STREAMS, check
+from tests.mutants import catalogue
 
 SMALL = {"WRITES": 2, "SESSIONS": 2, "FAULTS": 1}
 
@@ -30,3 +33,14 @@ def test_what_must_be_found_with_several_streams_is_found(name: str) -> None:
     assert not check(name, {**SMALL, "FAULTS": 2}, STREAMS).holds, (
         f"{name}: {({**STREAM_MUTANTS, **STREAM_PROBES})[name]}"
     )
+
+
+def test_every_rule_that_is_sabotaged_in_the_programs_is_one_of_the_model() -> None:
+    """By the same name: what a mutant of the code takes out must be needed in the model as well, and be in it."""
+    sabotaged = {mutant.name.upper().replace("-", "_") for mutant in catalogue.MUTANTS}
+    assert len(sabotaged) >= 7
+    modelled = {*MUTANTS, *STREAM_MUTANTS}
+    assert sabotaged <= modelled, f"not in tests/model: {sorted(sabotaged - modelled)}"
+    for model, names in ((MODEL, [*MUTANTS, *PROBES]), (STREAMS, [*STREAM_MUTANTS, *STREAM_PROBES])):
+        text = model.read_text()
+        assert not [name for name in names if not re.search(rf"(?m)^#if.*\b{name}\b", text)]

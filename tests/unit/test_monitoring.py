@@ -16,6 +16,8 @@ import pytest
 
 from bmigrate.cli import metrics, status, watch
 from bmigrate.common import log
+from bmigrate.ship import gentle
+from bmigrate.ship.engine import Engine
 from bmigrate.ship.verdict import STATES
 from tests.promtool import promtool
 
@@ -195,6 +197,29 @@ def test_the_live_view_draws_everything() -> None:
     for word in ("db", "primary", "catching_up", "70.7 %", "300.0 MiB", "link", "4.5 s", "db/data", "~", "@", "map:"):
         assert word in text, f"{word} is not in\n{text}"
     assert "bmigrate-hold is down" in text
+
+
+def test_a_scheduler_that_ignores_the_idle_class_is_named() -> None:
+    """On the primary, in the table and in the live view; not where it is honoured, unknown, or nothing is read."""
+
+    def noted(honoured: bool | None, role: str = "primary") -> bool:
+        volumes = [{"volume": "data", "scheduler": "kyber", "idle_class_honoured": honoured}, {"volume": "older"}]
+        data = told(role=role, ship={**SHIP, "volumes": volumes})
+        found = [text for text in status.notes(data) if "idle class" in text]
+        assert all("kyber of data " in text and text in status.render(data) for text in found)
+        return bool(found)
+
+    assert noted(False)
+    assert not noted(True) and not noted(None) and not noted(False, "standby")
+
+
+def test_status_says_which_scheduler_each_volume_has(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/null has none; the device asked about is this host's."""
+    (volume,) = engine.report()["volumes"]
+    assert (volume["scheduler"], volume["idle_class_honoured"]) == (None, None)
+    monkeypatch.setattr(gentle, "scheduler", lambda device: ("none", False) if device == "/dev/null" else None)
+    (volume,) = engine.report()["volumes"]
+    assert (volume["scheduler"], volume["idle_class_honoured"]) == ("none", False)
 
 
 # -- the journal -------------------------------------------------------------------------------------

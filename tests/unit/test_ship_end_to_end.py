@@ -18,12 +18,14 @@ import pytest
 from bmigrate.common import log, rpc
 from bmigrate.common.config import Limits
 from bmigrate.common.errors import BmigrateError, PhaseError, RefusedError, SuspectError, UnreachableError, UsageError
-from bmigrate.ship import drain, handshake, source, verify
+from bmigrate.ship import drain, handshake, passes, source, verify
 from bmigrate.ship import engine as engines
 from bmigrate.ship.engine import Engine
 from bmigrate.ship.jobs import Job
+from bmigrate.ship.lane import Lane
 from bmigrate.ship.passes import PassResult
 from bmigrate.ship.session import Session
+from bmigrate.wire.frames import FrameType
 from tests.unit.ship_world import GRANULE, World
 from tests.unit.standby_host import MIB, wait
 
@@ -590,6 +592,7 @@ def test_bandwidth_limit_holds_and_a_drain_ignores_it(tmp_path: Path, monkeypatc
         wait(lambda: engine.totals.shipped_bytes > MIB, "some progress")
         assert engine.state()[0] == "seeding"
         assert engine.totals.shipped_bytes < 12 * MIB
+        wait(lambda: engine.report()["limiter"] == "bandwidth_limit", "the limit to be named")
         result = world.drain(engine)
         assert result["bytes_shipped"] > 8 * MIB and result["seconds"] < 6
         world.check_equal()
@@ -628,6 +631,38 @@ def test_a_reverted_standby_is_compared(world: World) -> None:
     wait(lambda: world.breqd.items["wl", "data"].record.resyncs >= 1, "a resync")
     world.until(engine, "in_step")
     world.check_equal()
+
+
+def test_a_long_run_of_zeroes_is_one_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sparse volume of many claims and one stream: its hole travels in one frame, and lands."""
+    monkeypatch.setattr(passes, "ZERO_HOLD_SECONDS", 600.0)  # however slow this machine reads
+    zeroes: list[tuple[int, int]] = []
+    send = Lane.send
+
+    def counted(self: Lane, type_: FrameType, **fields: Any) -> None:
+        if type_ is FrameType.ZERO:
+            zeroes.append((fields["offset"], fields["aux"]))
+        send(self, type_, **fields)
+
+    monkeypatch.setattr(Lane, "send", counted)
+    world = World(tmp_path, monkeypatch, {"data": 256 * MIB})
+    try:
+        os.truncate(world.source(), 0)
+        os.truncate(world.source(), 256 * MIB)
+        world.write(0, os.urandom(MIB), recorded=False)
+        world.write(255 * MIB, os.urandom(MIB), recorded=False)
+        with open(world.replica(), "r+b") as stream:
+            stream.seek(100 * MIB)
+            stream.write(os.urandom(MIB))
+        world.config = dataclasses.replace(world.config, streams=1)
+        engine = world.engine()
+        world.until(engine, "in_step")
+        assert zeroes == [(MIB, 254 * MIB)]
+        assert engine.totals.zero_bytes == 254 * MIB and engine.totals.shipped_bytes == 2 * MIB
+        world.drain(engine)
+        world.check_equal()
+    finally:
+        world.close()
 
 
 def test_a_trim_while_it_ships_is_one_event_and_never_losing_ground(
@@ -765,7 +800,7 @@ def test_a_verify_that_failed_leaves_no_answer_to_the_next(world: World, monkeyp
     failed: list[int] = []
 
     def failing(self: source.SourceVolume, view: memoryview, offset: int) -> None:
-        if offset == 6 * MIB and not failed:
+        if offset <= 6 * MIB < offset + len(view) and not failed:
             failed.append(offset)
             raise RefusedError("reading failed", reason="read_failed")
         read_into(self, view, offset)

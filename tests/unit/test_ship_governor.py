@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bmigrate.common import blockdev
 from bmigrate.ship import gentle, governor, pacer
 from bmigrate.ship.governor import Governor, Sample
 
@@ -134,6 +135,47 @@ def test_never_while_losing_ground_or_draining(monkeypatch: pytest.MonkeyPatch) 
     assert time.monotonic() - began < 1.5, "a rest of two seconds must end when a drain begins"
 
 
+# -- the limiter -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cause", pacer.LIMITERS)
+def test_the_limiter_is_what_took_most_of_a_pass(cause: str) -> None:
+    """Of all that was charged, if it was a fifth of the time at least; a new walk begins at nothing."""
+    polite = pacer.Pacer(0)
+    assert polite.limiter(1.0) is None
+    for other in pacer.LIMITERS:
+        polite.charge(other, 3.0 if other == cause else 2.0)
+    assert polite.limiter(14.0) == cause
+    assert polite.limiter(16.0) is None, "most of the time went elsewhere"
+    assert polite.limiter(0.0) is None
+    polite.begin()
+    assert polite.limiter(1.0) is None
+
+
+def test_waiting_for_the_bandwidth_limit_is_charged_to_it() -> None:
+    """And nothing is when there is no limit, or no time for one."""
+    limited, free, urgent = pacer.Pacer(4 * MIB), pacer.Pacer(0), pacer.Pacer(4 * MIB)
+    urgent.urgent.set()
+    for item in (limited, free, urgent):
+        item.before_send(3 * MIB)
+        item.before_send(1)
+    assert limited.spent["bandwidth_limit"] > 0.2
+    assert limited.limiter(1.0) == "bandwidth_limit"
+    for item in (free, urgent):
+        assert item.spent["bandwidth_limit"] < 0.1
+
+
+@pytest.mark.parametrize("reason", ["io_latency", "io_pressure"])
+def test_a_rest_is_charged_to_why_it_is_taken(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    monkeypatch.setattr(gentle, "write_times", lambda number: None)
+    polite = pacer.Pacer(0)
+    polite.foreground_writes = True
+    polite._governors[7] = suffering = Governor(MIB)
+    suffering.factor, suffering.reason = 2.0, reason
+    polite.rest(7, MIB, 0.1)
+    assert 0.2 <= polite.spent[reason] < 1.0 and polite.limiter(0.3) == reason
+
+
 # -- the edge ----------------------------------------------------------------------------------------
 
 
@@ -211,3 +253,55 @@ def test_the_idle_class_ends_when_nobody_may_come_first_any_more() -> None:
         assert entered() == gentle.CLASS_NONE
         polite.urgent.clear()
         assert entered() == gentle.CLASS_IDLE
+
+
+# -- the I/O scheduler -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "release", "honoured"),
+    [
+        ("bfq", "5.10.0-30-amd64", True),
+        ("mq-deadline", "5.10.0-30-amd64", False),
+        ("mq-deadline", "6.1.0", True),
+        ("mq-deadline", "strange", False),
+        ("none", "6.12.0", False),
+        ("kyber", "6.12.0", False),
+    ],
+)
+def test_which_schedulers_honour_the_idle_class(name: str, release: str, honoured: bool) -> None:
+    assert gentle.honours_idle(name, release) == honoured
+
+
+def _disk(root: Path, name: str, scheduler: str | None) -> Path:
+    """A disk as sysfs shows it."""
+    disk = root / name
+    (disk / "queue").mkdir(parents=True)
+    (disk / "slaves").mkdir()
+    if scheduler is not None:
+        (disk / "queue" / "scheduler").write_text(scheduler + "\n")
+    return disk
+
+
+def test_the_scheduler_that_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the disk itself, or of what it is made of, partitions and stacks included; unknown is not "not honoured"."""
+    sda = _disk(tmp_path, "sda", "none mq-deadline kyber [bfq]")
+    sdb = _disk(tmp_path, "sdb", "[none] mq-deadline")
+    (sda / "sda1").mkdir()
+    (sda / "sda1" / "partition").write_text("1\n")
+    md, dm = _disk(tmp_path, "md0", None), _disk(tmp_path, "dm-0", "none")
+    (dm / "slaves" / "sda1").symlink_to(sda / "sda1")
+    (md / "slaves" / "dm-0").symlink_to(dm)
+    places = {"/dev/sda": sda, "/dev/sdb": sdb, "/dev/md0": md, "/dev/zram0": _disk(tmp_path, "zram0", None)}
+    monkeypatch.setattr(blockdev, "disk_dir", lambda path: places[path])
+    assert gentle.scheduler("/dev/sda") == ("bfq", True)
+    assert gentle.scheduler("/dev/sdb") == ("none", False)
+    assert gentle.scheduler("/dev/md0") == ("bfq", True), "a dm device schedules nothing itself"
+    (md / "slaves" / "sdb").symlink_to(sdb)
+    assert gentle.scheduler("/dev/md0") == ("bfq+none", False)
+    assert gentle.scheduler("/dev/zram0") == (None, None)
+
+
+def test_no_scheduler_of_what_is_no_block_device(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert gentle.scheduler(str(tmp_path / "file")) == gentle.scheduler(str(tmp_path / "gone")) == (None, None)

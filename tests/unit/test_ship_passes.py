@@ -81,6 +81,20 @@ def test_a_claim_that_is_equal_lets_old_zeroes_go(wire: Wire) -> None:
     assert wire.events == [("ZERO", 0, MIB), ("sent", zeroes), ("sent", 2)]
 
 
+def test_a_run_of_zeroes_over_many_claims_is_one_frame_up_to_the_maximum(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its claims are; then the next frame goes on where it ended."""
+    assert passes.MAX_ZERO_BYTES == 1 << 30, "docs/shipper.md"
+    monkeypatch.setattr(passes, "MAX_ZERO_BYTES", 8 * MIB)
+    for number in range(20):
+        wire.put(number * MIB, bytes(MIB))
+    wire.sender.flush()
+    frames = [event for event in wire.events if event[0] == "ZERO"]
+    assert frames == [("ZERO", 0, 8 * MIB), ("ZERO", 8 * MIB, 8 * MIB), ("ZERO", 16 * MIB, 4 * MIB)]
+    assert [event[1] for event in wire.events if event[0] == "sent"] == list(range(1, 21))
+
+
 STEPS = st.lists(st.tuples(st.booleans(), st.integers(0, 2), st.sampled_from([0.0, 0.3, 0.6])), max_size=30)
 
 

@@ -206,6 +206,13 @@ def _notes(item: dict[str, Any]) -> list[str]:
         notes.append(item["state_error"]["message"])
     if ship.get("reason") and ship.get("state") != "idle":
         notes.append(f"{ship['state']}: {ship['reason']}")
+    rude = [volume for volume in ship.get("volumes", []) if volume.get("idle_class_honoured") is False]
+    if rude and item["role"] == "primary":
+        names, schedulers = (sorted({volume[key] for volume in rude}) for key in ("volume", "scheduler"))
+        notes.append(
+            f"the I/O scheduler {', '.join(schedulers)} of {', '.join(names)} does not honour the idle class: "
+            "only resting keeps the workload first"
+        )
     if item["handover"]:
         notes.append("handover {run_id} is open: {side} in phase {phase}".format(**item["handover"]))
     for volume in item["tracking"]:

@@ -87,6 +87,30 @@ def disk_dir(path: PathLike) -> Path:
     return directory.parent if (directory / "partition").exists() else directory
 
 
+def scheduler_of(disk: Path) -> str | None:
+    """The I/O scheduler in use of a whole disk, by its sysfs directory; None when the kernel does not say."""
+    try:
+        words = (disk / "queue" / "scheduler").read_text().split()
+    except OSError:
+        return None
+    return next((word.strip("[]") for word in words if word.startswith("[")), words[0] if words else None)
+
+
+def schedulers_below(disk: Path) -> list[str]:
+    """The I/O schedulers that requests to a disk meet: its own, or those of the disks that it is made of (dm, md).
+
+    Args:
+        disk: its sysfs directory. A disk that does not say what schedules it is left out.
+    """
+    below = disk / "slaves"
+    parts = sorted(below.iterdir()) if below.is_dir() else []
+    if not parts:
+        own = scheduler_of(disk)
+        return [] if own is None else [own]
+    whole = {part.resolve().parent if (part / "partition").exists() else part.resolve() for part in parts}
+    return sorted({name for part in whole for name in schedulers_below(part)})
+
+
 @dataclass(frozen=True)
 class WriteCounters:
     """What the kernel counted for a device since it appeared (Documentation/block/stat.rst).

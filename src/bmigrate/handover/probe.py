@@ -39,20 +39,12 @@ def facts(device: str) -> dict[str, Any]:
             size_bytes=blockdev.size_bytes(fd),
             logical_block_size=blockdev.logical_block_size(fd),
             identity=blockdev.identity(device),
-            scheduler=_scheduler(device),
+            scheduler=blockdev.scheduler_of(blockdev.disk_dir(device)),
             untrackable=untrackable(device),
         )
     finally:
         os.close(fd)
     return result
-
-
-def _scheduler(device: str) -> str | None:
-    try:
-        words = (blockdev.disk_dir(device) / "queue" / "scheduler").read_text().split()
-    except OSError:
-        return None
-    return next((word.strip("[]") for word in words if word.startswith("[")), words[0] if words else None)
 
 
 def untrackable(device: str) -> str | None:

@@ -2,7 +2,7 @@
 """The edge to what Linux offers for being polite: I/O class of a thread, times of writes, and I/O pressure.
 
 All are best effort: a kernel without them makes the shipper no less correct, and ``status`` says
-what limits it. The idle class has an effect under the schedulers bfq and mq-deadline (6.x) only.
+what limits it. The idle class has an effect under some schedulers only; ``scheduler`` says which is used.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import ctypes
 import os
 import platform
 from pathlib import Path
+
+from bmigrate.common import blockdev
+from bmigrate.common.errors import BmigrateError
 
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "loongarch64": 30, "ppc64le": 273, "s390x": 282}
 _WHO_PROCESS = 1
@@ -33,6 +36,31 @@ def set_io_class(io_class: int) -> bool:
         return False
     libc = ctypes.CDLL(None, use_errno=True)
     return int(libc.syscall(number, _WHO_PROCESS, 0, io_class << _CLASS_SHIFT)) == 0
+
+
+def honours_idle(scheduler: str, release: str) -> bool:
+    """Whether an I/O scheduler lets the idle class wait for the others: bfq, and mq-deadline since Linux 6.
+
+    Args:
+        release: of the kernel, as uname says it.
+    """
+    major = release.split(".")[0]
+    return scheduler == "bfq" or (scheduler == "mq-deadline" and major.isdigit() and int(major) >= 6)
+
+
+def scheduler(device: str) -> tuple[str | None, bool | None]:
+    """The I/O scheduler of a device, or of the disks below it joined by ``+``, and whether it honours the idle class.
+
+    Both None when this kernel does not say, or there is no such block device.
+    """
+    try:
+        names = blockdev.schedulers_below(blockdev.disk_dir(device))
+    except (BmigrateError, OSError):
+        return None, None
+    if not names:
+        return None, None
+    release = os.uname().release
+    return "+".join(names), all(honours_idle(name, release) for name in names)
 
 
 def write_times(number: int) -> tuple[int, float] | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bmigrate.common.errors import BmigrateError, RefusedError
-from bmigrate.ship import verdict
+from bmigrate.ship import gentle, verdict
 from bmigrate.ship.jobs import Job
 from bmigrate.ship.window import Claim
 
@@ -89,6 +89,7 @@ def entry(engine: Engine) -> dict[str, Any]:
     volumes: list[dict[str, Any]] = []
     for volume in engine.config.volumes:
         tracked = snapshot.volumes.get(volume.name) if snapshot is not None else None
+        scheduler, honoured = gentle.scheduler(engine.config.device(volume.name))
         volumes.append(
             {
                 "volume": volume.name,
@@ -98,6 +99,8 @@ def entry(engine: Engine) -> dict[str, Any]:
                 "suspect": tracked.suspect if tracked else None,
                 "standby_suspect": session.standby_suspects.get(volume.name) if session is not None else None,
                 "seeded": tracked is not None and engine.record.seeded.get(volume.name) == tracked.seed_count,
+                "scheduler": scheduler,
+                "idle_class_honoured": honoured,
             }
         )
     shown = snapshot if name != "idle" else None
