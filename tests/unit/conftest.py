@@ -6,12 +6,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from bmigrate.common import atomic, paths
 from bmigrate.common import state as states
 from bmigrate.common.config import Config, Peer, Volume
 from bmigrate.ship.engine import Engine
 from bmigrate.ship.transport.openssh import OpenSSH
+
+# How long an example takes says something of the machine, which is shared, and nothing of the code.
+settings.register_profile("bmigrate", deadline=None)
+settings.load_profile("bmigrate")
 
 
 @pytest.fixture
