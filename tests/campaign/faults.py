@@ -21,6 +21,8 @@ from tests.vm.processes import ON_STANDBY, find, is_receiver
 from tests.vm.rig import LIMIT_SECONDS, UNITS, WORKLOAD, Refused
 
 NOT_REACHED_SECONDS = 45.0
+#: Three connections of an emulated guest on a busy machine take half a minute.
+SESSION_SECONDS = 120.0
 #: How often a power cut of the standby meets flushes that are late.
 SLOW_FLUSHES = 0.6
 FILLER = "/var/lib/bmigrate/.campaign-filler"
@@ -203,6 +205,8 @@ def _receivers_get(stage: Stage, plan: str, enough: Callable[[], bool] = lambda:
     sshd gives a receiver its environment; its configuration says nothing any more once they have started.
     """
     rig, host = stage.rig, stage.standby
+    # One that is just being opened would go on without the plan: its receivers have started.
+    _reached(lambda: bool(stage.status_of_session()["epoch"]), SESSION_SECONDS)
     rig.run(host, "sh", "-c", f"echo 'SetEnv BMIGRATE_FAULTS={plan}' > {SSHD} && systemctl reload ssh")
     try:
         rig.ship(stage.primary, "reconnect", workload=WORKLOAD)
@@ -214,7 +218,7 @@ def _receivers_get(stage: Stage, plan: str, enough: Callable[[], bool] = lambda:
                 count += plan in done["stdout"]
             return count >= rig.streams
 
-        return _reached(lambda: with_plan() or enough())
+        return _reached(lambda: with_plan() or enough(), SESSION_SECONDS)
     finally:
         # Durable, so that a power cut right afterwards does not bring it back.
         rig.run(host, "sh", "-c", f"rm {SSHD} && sync -f /etc && systemctl reload ssh")
@@ -258,9 +262,8 @@ def cut_power_of_standby(stage: Stage) -> bool:
     """
     if stage.random.random() < SLOW_FLUSHES:
         plan = f"receive.fdatasync=delay:{stage.random.uniform(0.3, 1.0):.1f}"
-        epoch = stage.epoch_on_disk()
         stage.details["slow"] = plan if _receivers_get(stage, plan) else None
-        _reached(lambda: stage.epoch_on_disk() > epoch)
+        _reached(lambda: bool(stage.status_of_session()["epoch"]), SESSION_SECONDS)
         stage.writer.wait_more(stage.random.randrange(50, 300))
         time.sleep(stage.random.uniform(0.0, 1.0))
         _reached(lambda: stage.unflushed(stage.standby) > 0)
