@@ -30,8 +30,14 @@ bit shipping;
 #define COVERED 3	/* by a SYNC that has not been acknowledged */
 byte stage[2], carried[2], lane[2];
 bit wanted;		/* a SYNC is due and has not left */
+bit elsewhere;		/* it covers what travelled on the second stream */
 bit unmarked;		/* the second stream has not answered its MARK */
 bit acked, acked_second;
+/* The first stream's receiver of the open session: a write takes a while, and a flush goes on beside it. */
+byte writing, landing;	/* which block, from 1, and what */
+bit due, flushing;	/* a SYNC was taken; its flush has begun */
+byte snap[2];		/* what the flush makes durable */
+bit unflushed, since;	/* something counts as not flushed; something counted since the flush began */
 /* Receivers and their pipes: first and second stream of the last two sessions. */
 bit alive[4];
 chan pipe0 = [3] of { mtype, byte, byte };
@@ -66,12 +72,17 @@ inline take(r, kind, b, v) {
 
 inline kill(r) {
 	alive[r] = 0;
+	if :: r == of(0) -> reset() :: else -> skip fi;
 	if
 	:: r == 0 -> do :: pipe0 ? _, _, _ :: empty(pipe0) -> break od
 	:: r == 1 -> do :: pipe1 ? _, _, _ :: empty(pipe1) -> break od
 	:: r == 2 -> do :: pipe2 ? _, _, _ :: empty(pipe2) -> break od
 	:: r == 3 -> do :: pipe3 ? _, _, _ :: empty(pipe3) -> break od
 	fi
+}
+
+inline reset() {
+	writing = 0; landing = 0; due = 0; flushing = 0; snap[0] = 0; snap[1] = 0; unflushed = 0; since = 0;
 }
 
 inline end_session() {
@@ -116,13 +127,14 @@ active proctype world() {
 			if :: stage[0] == SENT -> stage[0] = COVERED :: else -> skip fi;
 			if :: stage[1] == SENT -> stage[1] = COVERED :: else -> skip fi;
 			wanted = 1;
+			elsewhere = unmarked;
 #ifdef SYNC_BEFORE_MARKED
-		:: shipping && wanted && room(of(0)) -> put(of(0), SYNC, 0, 0); wanted = 0;
+		:: shipping && wanted && room(of(0)) -> put(of(0), SYNC, 0, elsewhere); wanted = 0;
 #else
 #ifdef EACH_STREAM_FLUSHES
-		:: shipping && wanted && room(of(0)) -> put(of(0), SYNC, 0, 0); wanted = 0;
+		:: shipping && wanted && room(of(0)) -> put(of(0), SYNC, 0, elsewhere); wanted = 0;
 #else
-		:: shipping && wanted && !unmarked && room(of(0)) -> put(of(0), SYNC, 0, 0); wanted = 0;
+		:: shipping && wanted && !unmarked && room(of(0)) -> put(of(0), SYNC, 0, elsewhere); wanted = 0;
 #endif
 #endif
 		:: shipping && acked ->
@@ -142,10 +154,15 @@ active proctype world() {
 			if :: stage[1] == COVERED -> clear(1) :: else -> skip fi;
 #endif
 		/* --- the receivers --- */
-		:: alive[r] && filled(r) ->
+		:: alive[r] && filled(r) && !(r == of(0) && writing) ->
 			take(r, kind, b, v);
 			if
-			:: kind == DATA -> cache[b] = v;
+			:: kind == DATA && r == of(0) ->
+				writing = b + 1; landing = v;
+#ifdef COUNT_A_WRITE_AT_ITS_BEGIN
+				unflushed = 1; since = 1;
+#endif
+			:: kind == DATA && r != of(0) -> cache[b] = v;
 			:: kind == MARK ->
 #ifdef EACH_STREAM_FLUSHES
 				if
@@ -157,13 +174,30 @@ active proctype world() {
 #else
 				if :: r == of(1) && shipping -> unmarked = 0 :: else -> skip fi;
 #endif
-			:: kind == SYNC ->
-				if
-				:: lost -> lost = 0; kill(r);	/* after a failed flush it never flushes again */
-				:: else ->
-					dur[0] = cache[0]; dur[1] = cache[1];
-					if :: r == of(0) && shipping -> acked = 1 :: else -> skip fi;
-				fi;
+			:: kind == SYNC && r == of(0) ->
+				due = 1;
+				if :: v -> unflushed = 1; since = 1 :: else -> skip fi;
+			:: kind == SYNC && r != of(0) -> skip	/* nobody hears an answer of an older session */
+			fi;
+		:: writing ->
+			cache[writing - 1] = landing; writing = 0; landing = 0;
+#ifndef COUNT_A_WRITE_AT_ITS_BEGIN
+			unflushed = 1; since = 1;
+#endif
+		:: due && !flushing ->
+			due = 0;
+			if
+			:: unflushed -> flushing = 1; since = 0; snap[0] = cache[0]; snap[1] = cache[1];
+			:: else -> if :: shipping -> acked = 1 :: else -> skip fi;
+			fi;
+		:: flushing ->
+			flushing = 0;
+			if
+			:: lost -> lost = 0; kill(of(0));	/* after a failed flush it never flushes again */
+			:: else ->
+				dur[0] = snap[0]; dur[1] = snap[1]; snap[0] = 0; snap[1] = 0;
+				unflushed = since; since = 0;
+				if :: shipping -> acked = 1 :: else -> skip fi;
 			fi;
 		:: !lost && dur[b] != cache[b] -> dur[b] = cache[b];
 		/* --- hold --- */
@@ -186,6 +220,7 @@ active proctype world() {
 		:: faults < FAULTS && alive[r] -> faults++; kill(r);
 		:: faults < FAULTS && !lost && (dur[0] != cache[0] || dur[1] != cache[1]) ->
 			faults++; lost = 1; cache[0] = dur[0]; cache[1] = dur[1];
+			if :: flushing -> snap[0] = dur[0]; snap[1] = dur[1] :: else -> skip fi;
 		:: else -> skip
 		fi;
 		b = 0; v = 0; r = 0; kind = DATA;
