@@ -130,13 +130,14 @@ class Campaign:
             judge.in_step_means_equal(stage)
             result["verdict"] = "held"
         except Violation as violation:
-            result.update(verdict="BROKEN", why=str(violation))
+            # Also when it was seen before the fault was over: what breaks a rule has happened.
+            result.update(happened=True, verdict="BROKEN", why=str(violation))
         except (LabError, AssertionError, OSError, subprocess.SubprocessError) as error:
             result.update(verdict="STUCK", why=f"{error}\n{traceback.format_exc(limit=-3)}")
             try:
                 judge.nothing_false_is_said(stage)
             except Violation as violation:
-                result.update(verdict="BROKEN", why=f"{violation}; before that: {result['why']}")
+                result.update(happened=True, verdict="BROKEN", why=f"{violation}; before that: {result['why']}")
             except (LabError, AssertionError, OSError, subprocess.SubprocessError) as unknown:
                 result["why"] += f"\nand what it says of itself could not be learnt: {unknown}"
         result.update(details=stage.details, seconds=round(time.monotonic() - began, 1))

@@ -6,10 +6,12 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lab import LabError
 from tests.campaign import __main__ as program
 from tests.campaign import judge, tally
 from tests.campaign.faults import FAULTS, Fault, schedule
@@ -80,7 +82,7 @@ class _Played(program.Campaign):
         pass
 
 
-def test_the_campaign_goes_on_until_as_many_have_happened(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_campaign_goes_on_until_as_many_have_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BMIGRATE_LAB", "none")
     file, faults = tmp_path / "1.jsonl", list(itertools.islice(schedule(1), tally.most_tries(6)))
     first = _Played(1, faults, 3, file, missed={1, 2})
@@ -91,6 +93,47 @@ def test_the_campaign_goes_on_until_as_many_have_happened(tmp_path: Any, monkeyp
     assert [item["number"] for item in shorter.run()] == [0, 1, 2, 3] and not shorter.tried
     never = _Played(1, faults, 30, tmp_path / "2.jsonl", missed=set(range(1, 99)))
     assert len(never.run()) == len(faults)
+
+
+class _Judged(program.Campaign):
+    """One whose hosts are not there."""
+
+    def _hosts(self) -> Any:
+        return None
+
+    def _logs(self) -> dict[str, str]:
+        return {}
+
+    def _leave(self) -> None:
+        pass
+
+
+def test_what_breaks_a_rule_has_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault that finds the loss itself, before it is over, counts; one that got stuck does not."""
+
+    class Stage:
+        def __init__(self, *_: object) -> None:
+            self.details = dict[str, Any]()
+
+        def start(self) -> None:
+            pass
+
+    def lose(stage: Any) -> bool:
+        raise judge.Violation("a block is lost")
+
+    def hang(stage: Any) -> bool:
+        raise LabError("waited in vain")
+
+    monkeypatch.setenv("BMIGRATE_LAB", "none")
+    monkeypatch.setattr(program, "Stage", Stage)
+    monkeypatch.setattr(judge, "nothing_false_is_said", lambda stage: None)
+    made = _Judged(1, [], 1, tmp_path / "1.jsonl")
+    broken, stuck = (made._one(0, Fault("f", 1, act)) for act in (lose, hang))
+    assert (broken["verdict"], broken["happened"]) == ("BROKEN", True)
+    assert (stuck["verdict"], stuck["happened"]) == ("STUCK", False)
+    monkeypatch.setattr(judge, "nothing_false_is_said", lose)
+    worse = made._one(0, Fault("f", 1, hang))
+    assert worse["verdict"] == "BROKEN" and worse["why"].startswith("a block is lost; before that: waited in vain")
 
 
 def test_kinds_that_there_are_none_of_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
