@@ -8,7 +8,9 @@ cores that the two ends have here, where each byte is hashed twice, once on each
 In two places, because each shows something else:
 
 - On a disk (a file system with O_DIRECT), as volumes are. Both ends have the same disk here, so the read speed is that
-  of two readers side by side, the source's file and the replica's; the slower counts. The ratio against one reader that
+  of two readers side by side, the source's file and the replica's; the slower counts. The source reads in the idle
+  class, and so does the receiver here: else a scheduler that honours it would serve one end before the other, as two
+  disks would not. The ratio against one reader that
   has the disk to itself, which is what two hosts with a disk each would have, is printed too.
 - In memory. There a read is a copy by the same two cores that hash, and takes from the hash what a disk would not. The
   ratio against the hash alone is printed, and one against what cannot be saved: two processes, one for each end, that
@@ -132,7 +134,9 @@ def measure(directory: Path, size: int, rounds: int, force: str) -> dict[str, An
     ratios: dict[str, dict[str, list[float]]] = {bound: {name: [] for name in runs} for bound in BOUNDS}
     name = force or hashing.preferred()
     with pytest.MonkeyPatch.context() as monkeypatch, multiprocessing.get_context("spawn").Pool(2) as pool:
-        bench = Bench(directory, size, "random", monkeypatch, "", {"BMIGRATE_TEST_HASH": force} if force else {})
+        bench = Bench(
+            directory, size, "random", monkeypatch, "", {"BMIGRATE_TEST_HASH": force} if force else {}, "ionice -c 3"
+        )
         try:
             process = bench.start()
             verify(bench)

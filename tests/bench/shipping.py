@@ -59,7 +59,8 @@ class _World(World):
 
 
 class Bench:
-    """Two hosts in one directory with a real sshd between them. ``receiver``: more of its environment.
+    """Two hosts in one directory with a real sshd between them. ``receiver``: more of its environment. ``under``: a
+    program that starts it.
 
     Attributes:
         extra: more lines of the workload's configuration, for the next daemon. port: of 127.0.0.1, where it connects
@@ -74,6 +75,7 @@ class Bench:
         monkeypatch: pytest.MonkeyPatch,
         extra: str,
         receiver: dict[str, str] | None = None,
+        under: str = "",
     ) -> None:
         self.size = size
         self.world = _World(directory, monkeypatch, {"data": size})
@@ -92,7 +94,7 @@ class Bench:
         program.write_text(
             "#!/bin/sh\nexec env "
             + " ".join(f"'{key}={value}'" for key, value in environment.items())
-            + f" {sys.executable} {EDGE} breceive --workload wl\n"
+            + f" {under} {sys.executable} {EDGE} breceive --workload wl\n"
         )
         program.chmod(0o755)
         self.server.authorize(keys / "wl.pub", str(program))
