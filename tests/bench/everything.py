@@ -169,8 +169,8 @@ def _resync(found: Any, command: str) -> list[Row]:
     }
     rows = []
     for place, bound, against, judged in (
-        ("disk", "side_by_side", "the lower of read and hash", True),
-        ("disk", "alone", "the same, if the other end did not read from that disk", False),
+        ("limited", "alone", "the lower of read and hash", True),
+        ("disk", "side_by_side", "two readers of the disk, or the hash", False),
         ("memory", "side_by_side", "the hash alone", False),
         ("memory", "work", "nothing but reading and hashing", False),
     ):
@@ -178,11 +178,12 @@ def _resync(found: Any, command: str) -> list[Row]:
             values = found[place]["ratios"][bound][name]
             wanted = judged and name != "resync_1_percent"
             held = _least(values, 0.9) if wanted else None
-            text = f"{what}, {place}, by {found[place]['hash']} / {against}"
+            where = {"limited": "two disks", "disk": "one disk for both ends"}.get(place, place)
+            text = f"{what}, {where}, by {found[place]['hash']} / {against}"
             rows.append(Row(text, values, "≥ 0.9" if wanted else "", held, command))
-    for place in ("disk", "memory"):
+    for place, where in (("limited", "two disks"), ("disk", "one disk for both ends"), ("memory", "memory")):
         rates = [value / MIB for value in found[place]["bytes_per_second"]["verify"]]
-        rows.append(Row(f"verify, {place}: MiB/s", rates, "", None, command))
+        rows.append(Row(f"verify, {where}: MiB/s", rates, "", None, command))
     return rows
 
 
@@ -288,7 +289,7 @@ def pictures(found: dict[str, Any]) -> dict[str, str]:
             bars.append(Bar(f"seed over {label} / dd | ssh dd", middle, middle.text(2)))
     for name, label in (("verify", "verify / read or hash"), ("resync_equal", "resync / read or hash")):
         if "resync" in found:
-            middle = estimate(found["resync"]["disk"]["ratios"]["side_by_side"][name])
+            middle = estimate(found["resync"]["limited"]["ratios"]["alone"][name])
             bars.append(Bar(label, middle, middle.text(2)))
     if "pacing" in found:
         for name, label in (

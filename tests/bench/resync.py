@@ -5,9 +5,12 @@ Native, with the processes and the sshd of shipping.py. What it is held against 
 right before each run: reading the volume from one end to the other, and the hash of the session itself on the two
 cores that the two ends have here, where each byte is hashed twice, once on each side.
 
-In two places, because each shows something else:
+In three places, because each shows something else:
 
-- On a disk (a file system with O_DIRECT), as volumes are. Both ends have the same disk here, so the read speed is that
+- On two disks of a known speed: files on a file system, read past the cache, and a limit on how much each end may
+  read per second, so that each has a disk of its own whose speed does not vary (readlimit.py). The bound is what one
+  reader gets under that limit, or the hash, whichever is lower. This is the one that is judged.
+- On a disk as it is. Both ends have the same disk here, so the read speed is that
   of two readers side by side, the source's file and the replica's; the slower counts. The source reads in the idle
   class, and so does the receiver here: else a scheduler that honours it would serve one end before the other, as two
   disks would not. The ratio against one reader that
@@ -36,10 +39,13 @@ from bmigrate.common import blockdev, paths, rpc
 from bmigrate.wire import hashing
 from lab.waiting import wait
 from tests.bench.figures import spread
+from tests.bench.readlimit import ReadLimit
 from tests.bench.shipping import MIB, Bench
 
 GRANULE = 4096
-PLACES = {"disk": "/var/tmp", "memory": "/dev/shm"}
+PLACES = {"limited": "/var/tmp", "disk": "/var/tmp", "memory": "/dev/shm"}
+LIMIT_BYTES_PER_SECOND = 160 * MIB
+SIZES_MIB = {"limited": 512, "disk": 1024, "memory": 2048}
 BOUNDS = {
     "side_by_side": ("read", "hash"),
     "alone": ("read_alone", "hash"),
@@ -75,6 +81,15 @@ def _read(path: Path, name: str | None = None) -> float:
         return size / (time.monotonic() - began)
     finally:
         os.close(fd)
+
+
+def _read_limited(path: Path, limit: ReadLimit) -> float:
+    """The same under a limit."""
+    limit.enter(os.getpid())
+    try:
+        return _read(path)
+    finally:
+        limit.leave(os.getpid())
 
 
 def bounds(pool: Any, bench: Bench, name: str) -> dict[str, float]:
@@ -119,34 +134,54 @@ def resync(bench: Bench, differ: float) -> float:
     return bench.size / seconds
 
 
-def measure(directory: Path, size: int, rounds: int, force: str) -> dict[str, Any]:
+def measure(directory: Path, size: int, rounds: int, force: str, limited: bool) -> dict[str, Any]:
     """All in one place, in alternating rounds; the bounds are measured before each run.
 
     Args:
-        force: a hash that the receiver finds faster whatever it measures, or "".
+        force: a hash that the receiver finds faster whatever it measures, or "". limited: a disk of its own for each.
     """
+    if not limited:
+        return _measure(directory, size, rounds, force, None)
+    limits = [ReadLimit(name, directory, LIMIT_BYTES_PER_SECOND) for name in ("source", "standby")]
+    try:
+        return _measure(directory, size, rounds, force, limits)
+    finally:
+        for limit in limits:
+            limit.close()
+
+
+def _measure(directory: Path, size: int, rounds: int, force: str, limits: list[ReadLimit] | None) -> dict[str, Any]:
     runs = {
         "verify": verify,
         "resync_equal": lambda bench: resync(bench, 0.0),
         "resync_1_percent": lambda bench: resync(bench, 0.01),
     }
     found: dict[str, list[float]] = {}
-    ratios: dict[str, dict[str, list[float]]] = {bound: {name: [] for name in runs} for bound in BOUNDS}
+    held_against = BOUNDS if limits is None else {"alone": BOUNDS["alone"]}
+    ratios: dict[str, dict[str, list[float]]] = {bound: {name: [] for name in runs} for bound in held_against}
+    before = "ionice -c 3 -p $$" if limits is None else f"echo $$ > {limits[1].procs}"
     name = force or hashing.preferred()
     with pytest.MonkeyPatch.context() as monkeypatch, multiprocessing.get_context("spawn").Pool(2) as pool:
-        bench = Bench(
-            directory, size, "random", monkeypatch, "", {"BMIGRATE_TEST_HASH": force} if force else {}, "ionice -c 3"
-        )
+        forced = {"BMIGRATE_TEST_HASH": force} if force else {}
+        bench = Bench(directory, size, "random", monkeypatch, "", forced, before)
         try:
             process = bench.start()
+            if limits is not None:
+                limits[0].enter(process.pid)
             verify(bench)
             for _ in range(rounds):
                 for what, run in runs.items():
-                    bound = bounds(pool, bench, name)
+                    if limits is None:
+                        bound = bounds(pool, bench, name)
+                    else:
+                        bound = {
+                            "read_alone": pool.apply(_read_limited, (bench.world.source(), limits[0])),
+                            "hash": sum(pool.starmap(_hash, [(name, 0.5)] * 2, 1)) / 2,
+                        }
                     rate = run(bench)
                     for key, value in (*bound.items(), (what, rate)):
                         found.setdefault(key, []).append(value)
-                    for key, parts in BOUNDS.items():
+                    for key, parts in held_against.items():
                         ratios[key][what].append(rate / min(bound[part] for part in parts))
             process.terminate()
             process.wait()
@@ -159,7 +194,7 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python3 -m tests.bench.resync", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="of everything (%(default)s)")
-    parser.add_argument("--mib", type=int, default=1024, help="size of the volume in MiB (%(default)s)")
+    parser.add_argument("--mib", type=int, help=f"size of the volume in MiB ({SIZES_MIB})")
     parser.add_argument("--place", choices=sorted(PLACES), action="append", help="only this one; may be repeated")
     parser.add_argument("--disk", help="directory on the disk to measure on (%(default)s)", default=PLACES["disk"])
     parser.add_argument("--hash", choices=hashing.NAMES, default="", help="compare by this one (the faster one)")
@@ -168,12 +203,13 @@ def main() -> int:
     if arguments.rounds < 2:
         parser.error("at least 2 rounds")
     result = {}
-    for place, root in {**PLACES, "disk": arguments.disk}.items():
+    for place, root in {**PLACES, "disk": arguments.disk, "limited": arguments.disk}.items():
         if arguments.place and place not in arguments.place:
             continue
         directory = Path(tempfile.mkdtemp(prefix="bmigrate-bench-", dir=root))
         try:
-            result[place] = measure(directory, arguments.mib * MIB, arguments.rounds, arguments.hash)
+            size = (arguments.mib or SIZES_MIB[place]) * MIB
+            result[place] = measure(directory, size, arguments.rounds, arguments.hash, place == "limited")
         finally:
             shutil.rmtree(directory, ignore_errors=True)
     if arguments.json:
@@ -183,9 +219,9 @@ def main() -> int:
         print(f"{place}, compared by {found['hash']}:")
         for name, rates in found["bytes_per_second"].items():
             print(f"  {name}: {' '.join(f'{rate / MIB:.0f}' for rate in rates)} MiB/s")
-        for bound, parts in BOUNDS.items():
-            for name, ratios in found["ratios"][bound].items():
-                print(f"  {name} / {' or '.join(parts)}: {spread(ratios)}")
+        for bound, measured in found["ratios"].items():
+            for name, ratios in measured.items():
+                print(f"  {name} / {' or '.join(BOUNDS[bound])}: {spread(ratios)}")
     return 0
 
 

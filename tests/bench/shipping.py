@@ -59,8 +59,8 @@ class _World(World):
 
 
 class Bench:
-    """Two hosts in one directory with a real sshd between them. ``receiver``: more of its environment. ``under``: a
-    program that starts it.
+    """Two hosts in one directory with a real sshd between them. ``receiver``: more of its environment. ``before``: a
+    line of shell that comes before it.
 
     Attributes:
         extra: more lines of the workload's configuration, for the next daemon. port: of 127.0.0.1, where it connects
@@ -75,7 +75,7 @@ class Bench:
         monkeypatch: pytest.MonkeyPatch,
         extra: str,
         receiver: dict[str, str] | None = None,
-        under: str = "",
+        before: str = "",
     ) -> None:
         self.size = size
         self.world = _World(directory, monkeypatch, {"data": size})
@@ -92,9 +92,9 @@ class Bench:
         environment.update(receiver or {})
         program = directory / "receiver"
         program.write_text(
-            "#!/bin/sh\nexec env "
+            f"#!/bin/sh\n{before}\nexec env "
             + " ".join(f"'{key}={value}'" for key, value in environment.items())
-            + f" {under} {sys.executable} {EDGE} breceive --workload wl\n"
+            + f" {sys.executable} {EDGE} breceive --workload wl\n"
         )
         program.chmod(0o755)
         self.server.authorize(keys / "wl.pub", str(program))
