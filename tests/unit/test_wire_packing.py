@@ -116,14 +116,16 @@ class Link:
 )
 @settings(max_examples=150)
 def test_never_slower_and_nearly_as_fast_as_the_better_way(link: float, packing_rate: float, share: float) -> None:
-    """Over 8 GiB: at most 5 % and some looks above the cheaper way, whatever link, processor and data."""
+    """Over 8 GiB, whatever link, processor and data: some looks slower than plain at most; and where compressing is
+    cheaper by more than WORTH leaves open, it is found."""
     total = 8 << 30
     simulated = Link(link, packing_rate, share)
     simulated.run(total)
     plain, packed = total / link, total / packing_rate + total * share / link
     # At the begin nothing is known: the first LOOK_BYTES go plainly; and a look costs a piece at least.
     looks = packing.LOOK_BYTES / link + 16 * MIB / packing_rate
-    assert simulated.seconds <= 1.05 * min(plain, packed) + looks
+    assert simulated.seconds <= 1.01 * plain + looks
+    assert simulated.seconds <= 1.05 / packing.WORTH * min(plain, packed) + looks
 
 
 def test_it_follows_the_link() -> None:

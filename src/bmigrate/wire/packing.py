@@ -26,6 +26,9 @@ GLANCE_BYTES = 1 << 20
 HOPELESS = 1.3
 """What has cost so many times more than the other way after a glance will not become cheaper: pipes take in the first
 bytes for nothing, so the beginning looks better than what follows."""
+WORTH = 0.9
+"""Compressed must cost so much of plain at most. Where the link is the limit both cost the sending thread the same,
+which waits; then compressing only takes processor time from whoever encrypts, and luck must not decide for it."""
 SHORTEST_PAUSE = 4
 LONGEST_PAUSE = 256
 
@@ -124,7 +127,8 @@ class Choice:
         old = self._cost[self.packing]
         self._cost[self.packing] = cost if old is None or self._looking else old + (cost - old) * 0.3
         if self._looking:
-            self._ends(lost=best is not None and cost >= best)
+            assert best is not None
+            self._ends(lost=cost >= WORTH * best if self.packing else WORTH * cost >= best)
             return
         self._bytes, self._seconds = 0, 0.0
         self._stretches += 1
