@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -312,31 +313,53 @@ TestModel = Machine.TestCase
 TestModel.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 
 
-WEIGHTS = {
+WEIGHTS: dict[str, float] = {
     "submit": 4, "complete": 4, "consume": 4, "claim": 4, "send": 4, "sync": 3, "receive": 12, "acknowledge": 4,
     "kill_receiver": 0.4, "kill_breqd": 0.2, "power_cut_standby": 0.3,
 }  # fmt: skip
 
 
-def walk(sabotage: str | None, seed: int, steps: int = 400) -> None:
+ARGUMENTS: dict[str, Callable[[int], tuple[int, ...]]] = {
+    "submit": lambda number: (number % BLOCKS,),
+    "complete": lambda number: (number,),
+    "claim": lambda number: (1 + number % BLOCKS, number % 5),
+    "receive": lambda number: (number,),
+    "power_cut_standby": lambda number: (number,),
+}
+
+
+def walk(
+    model: Model,
+    seed: int,
+    weights: dict[str, float] = WEIGHTS,
+    arguments: dict[str, Callable[[int], tuple[int, ...]]] = ARGUMENTS,
+    steps: int = 400,
+) -> None:
     """A random walk; raises AssertionError when the invariant breaks."""
-    model, choose = Model(sabotage), random.Random(seed)
+    choose = random.Random(seed)
     for _ in range(steps):
         number = choose.randrange(1 << BLOCKS)
-        name = choose.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-        arguments = {
-            "submit": (number % BLOCKS,), "complete": (number,), "claim": (1 + number % BLOCKS, number % 5),
-            "receive": (number,), "power_cut_standby": (number,),
-        }.get(name, ())  # fmt: skip
-        getattr(model, name)(*arguments)
+        name = choose.choices(list(weights), list(weights.values()))[0]
+        getattr(model, name)(*arguments.get(name, lambda number: ())(number))
         model.check()
     model.settle()
+
+
+def caught(walk_with: Callable[[int], None]) -> int:
+    """How many of 25 random walks break the invariant."""
+    count = 0
+    for seed in range(25):
+        try:
+            walk_with(seed)
+        except AssertionError:
+            count += 1
+    return count
 
 
 def test_random_walks_keep_the_invariant() -> None:
     """The control of the controls below: the same walks without sabotage."""
     for seed in range(25):
-        walk(None, seed)
+        walk(Model(), seed)
 
 
 @pytest.mark.parametrize(
@@ -348,13 +371,8 @@ def test_random_walks_keep_the_invariant() -> None:
 )  # fmt: skip
 def test_each_forbidden_shortcut_is_caught(sabotage: str) -> None:
     """Were it not, the walks would prove nothing."""
-    caught = 0
-    for seed in range(25):
-        try:
-            walk(sabotage, seed)
-        except AssertionError:
-            caught += 1
-    assert caught >= 3, f"{sabotage} went unnoticed in {25 - caught} of 25 walks"
+    count = caught(lambda seed: walk(Model(sabotage), seed))
+    assert count >= 3, f"{sabotage} went unnoticed in {25 - count} of 25 walks"
 
 
 def test_an_epoch_is_fenced_once() -> None:
