@@ -22,6 +22,7 @@ from bmigrate.ship.lane import Lane
 from bmigrate.ship.marks import Marks
 from bmigrate.ship.window import ProtocolError
 from bmigrate.wire.frames import FrameType
+from tests.unit import standby_host
 from tests.unit.ship_world import GRANULE, TAIL, World
 from tests.unit.standby_host import MIB, wait
 
@@ -242,6 +243,22 @@ def test_a_failed_flush_is_the_end_for_what_every_stream_wrote(world: World) -> 
     world.until(engine, "in_step")
     world.drain(engine)
     world.check_equal()
+
+
+def test_streams_that_take_long_to_join_do_not_end_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logins may take longer than the silence that a receiver bears: the first stream is kept alive meanwhile."""
+    monkeypatch.setattr(standby_host, "CONFIG", standby_host.CONFIG.replace("{silence}", "2"))
+    world = World(tmp_path, monkeypatch)
+    try:
+        script = world.ssh.read_text()
+        slow = f"[ -s {tmp_path / 'receivers'} ] && sleep 5"
+        world.ssh.write_text(script.replace("#!/bin/sh\n", f"#!/bin/sh\n{slow}\n"))
+        world.config = dataclasses.replace(world.config, streams=2)
+        engine = world.engine()
+        world.until(engine, "in_step")
+        assert engine.session is not None and (engine.session.epoch, len(engine.session.lanes)) == (1, 2)
+    finally:
+        world.close()
 
 
 def test_an_older_standby_gets_one_stream(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

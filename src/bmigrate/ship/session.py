@@ -153,13 +153,13 @@ class Session:
         welcome = handshake.shake_hands(first, greeting, self.volumes)
         self.epoch, self.session_id, self.version = welcome.epoch, welcome.session_id, welcome.v
         self.hash = welcome.hash
+        self._silence_seconds = welcome.silence_seconds
         self._add_lane(first, welcome)
         # All are started before the first is waited for: a connection takes a few round trips.
         others = [self._connect(transport) for _ in range(1, min(welcome.streams, self.config.streams))]
         for link in others:
             self._add_lane(link, handshake.join(link, greeting, welcome))
         self.standby_suspects = {item.name: item.suspect for item in welcome.volumes if item.suspect}
-        self._silence_seconds = welcome.silence_seconds
 
     def _connect(self, transport: Transport) -> Link:
         stream = transport.open(self.config)
@@ -171,6 +171,8 @@ class Session:
         if welcome.compression:
             lane.packer = Packer()
         self.lanes.append(lane)
+        # Now, not when all are there: it keeps this one alive while others take long to join.
+        self._start(f"reader-{lane.number}", functools.partial(self._read_frames, lane))
 
     def _begin(self, breqd_socket: Path) -> None:
         tracker = self.tracker
@@ -187,8 +189,6 @@ class Session:
         self._fenced = True
         self.record.opened(self.epoch, self.session_id)
         self._start("acknowledger", self._acknowledge)
-        for lane in self.lanes:
-            self._start(f"reader-{lane.number}", functools.partial(self._read_frames, lane))
         if len(self.lanes) > 1:
             self._start("syncer", self._send_syncs)
 
