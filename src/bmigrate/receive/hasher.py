@@ -21,7 +21,7 @@ from bmigrate.receive.volumes import StandbyVolume
 from bmigrate.wire import hashing
 from bmigrate.wire.frames import FrameType
 
-BUFFERS = 4
+BUFFERS = 6
 BUFFER_BYTES = 4 << 20
 """Read at once: whole chunks, because it is a multiple of the largest chunk that framing lets through."""
 MAX_WORKERS = 4

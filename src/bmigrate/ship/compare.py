@@ -32,7 +32,7 @@ from bmigrate.wire.frames import FrameType
 
 BATCH_BYTES = 4 << 20
 """Read and asked for at once: what a frame, a wake-up of five processes and a read cost is shared by so much."""
-UNDER_WAY = 4
+UNDER_WAY = 6
 MAX_WORKERS = 4
 """That read or hash; one more than there are processors, so that one of them may wait for the device."""
 FINE_SHARE = 0.25
