@@ -17,7 +17,7 @@ from bmigrate.kmod import modfile
 from lab import Lab
 from tests.ansible.playbooks import ROOT, Run, bare_guests, fingerprint, play
 from tests.unit.kmod_files import make_key
-from tests.vm.kernel_bench import build
+from tests.vm import kernel_bench
 
 pytestmark = [pytest.mark.ansible, pytest.mark.timeout(1800)]
 
@@ -40,13 +40,7 @@ def host(lab: Lab) -> Lab:
 @pytest.fixture(scope="module")
 def given(host: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The operator's directory, with modules for the guest's kernel."""
-    made = build(host, tmp_path_factory.mktemp("build"))
-    directory = tmp_path_factory.mktemp("given")
-    release = host.ssh(HOST, "uname -r").stdout.strip()
-    (directory / release).mkdir()
-    for path in made.values():
-        shutil.copy(path, directory / release)
-    return directory
+    return kernel_bench.given(host, tmp_path_factory.mktemp("prebuilt"))
 
 
 @pytest.fixture

@@ -69,6 +69,16 @@ def build(
     return _build(lab, ROOT / "module_src", directory / name, ("bufflink", "reqlog"), variables, change)
 
 
+def given(lab: Lab, directory: Path) -> Path:
+    """A directory as an operator has it for bmigrate_kmod_prebuilt, with modules for the guests' kernel."""
+    made = build(lab, directory)
+    release = directory / "given" / lab.ssh(HOST, "uname -r").stdout.strip()
+    release.mkdir(parents=True)
+    for path in made.values():
+        shutil.copy(path, release)
+    return release.parent
+
+
 def build_driver(lab: Lab, directory: Path) -> Path:
     """Build the test disk for the guests' kernel, in the same way; the path of bmtest.ko."""
     return _build(lab, ROOT / "tests/driver", directory / "driver", ("bmtest",), {})["bmtest"]

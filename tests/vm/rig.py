@@ -26,6 +26,7 @@ import yaml
 from lab import Comparison, Lab, LabError, wait
 from lab.disks import disk_by_number
 from tests.ansible.playbooks import install_once
+from tests.vm import kernel_bench
 
 ROOT = Path(__file__).resolve().parents[2]
 AGENT = Path(__file__).with_name("agent.py")
@@ -50,6 +51,13 @@ def workloads(streams: int) -> list[dict[str, Any]]:
     (mine,) = [item for item in changed if item["workload"] == WORKLOAD]
     mine["streams"] = streams
     return changed
+
+
+def install(lab: Lab, **extra: Any) -> None:
+    """Install on both hosts once, with modules built here: what DKMS does on a host, tests/ansible shows, in minutes."""
+    with tempfile.TemporaryDirectory() as directory:
+        given = kernel_bench.given(lab, Path(directory))
+        install_once(lab, bmigrate_kmod_method="prebuilt", bmigrate_kmod_prebuilt=str(given), **extra)
 
 
 class Refused(AssertionError):
@@ -183,7 +191,7 @@ class Rig:
     def deploy(self, *arguments: str) -> None:
         """Install on both hosts and bring the fault workload in step, by the shipped playbooks."""
         extra = {"bmigrate_workloads": workloads(self.streams)} if self.streams != 1 else {}
-        install_once(self.lab, **extra)
+        install(self.lab, **extra)
         first = ["-e", f"bmigrate_initial_primary={HOSTS[0]}"]  # heeded only while no host has a role
         if extra:
             first += ["-e", json.dumps(extra)]

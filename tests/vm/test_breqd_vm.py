@@ -14,7 +14,7 @@ import pytest
 
 from lab import Lab, wait
 from lab.disks import disk_by_number
-from tests.ansible.playbooks import install_once
+from tests.vm.rig import install
 
 GUEST = Path(__file__).with_name("breqd_guest.py")
 DISK = disk_by_number(4)
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.vm
 @pytest.fixture
 def tracked(lab: Lab) -> Iterator[Lab]:
     """alpha with breqd running and a workload of this test's own, primary there."""
-    install_once(lab)
+    install(lab)
     state = {"schema": 1, "workload": "probe", "host": "alpha", "role": "primary"}
     lab.ssh("alpha", "mkdir -p /etc/bmigrate /var/lib/bmigrate/probe")
     lab.ssh("alpha", "cat > /etc/bmigrate/probe.yml", input_text=CONFIG.format(device=DISK.guest_path("alpha")))

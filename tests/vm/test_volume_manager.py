@@ -17,7 +17,8 @@ import yaml
 
 from lab import Lab, wait
 from lab.disks import disk_by_number
-from tests.ansible.playbooks import ROOT, bare_guests, install_once, play
+from tests.ansible.playbooks import ROOT, bare_guests, play
+from tests.vm.rig import install
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(1500)]
 
@@ -109,7 +110,7 @@ def inventory() -> dict[str, Any]:
 def deployed(lab: Lab) -> Iterator[Deployed]:
     if any(lab.ssh(host, f"test -e {LV}", check=False).returncode == 0 for host in lab.vms):
         bare_guests(lab)
-    install_once(lab)
+    install(lab)
     for host in lab.vms:
         disk = disk_by_number(3).guest_path(host)
         lab.ssh(host, f"wipefs -aq {disk}; pvcreate -qy {disk} && vgcreate -qy bmvg {disk}", timeout=120)
