@@ -705,6 +705,11 @@ def test_a_trim_while_it_ships_is_one_event_and_never_losing_ground(
         world.write(0, os.urandom(GRANULE))
         wait(lambda: len(trims()) == 2, "the event of the next trim")
         world.until(engine, "in_step")
+        world.discard(0, trimmed)
+        world.breqd.consume()
+        wait(lambda: len(trims()) == 3, "the event of a trim that was over before a pass began")
+        world.until(engine, "in_step")
+        assert "losing_ground" not in states, states
         world.drain(engine)
         world.check_equal()
     finally:

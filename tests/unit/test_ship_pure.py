@@ -332,6 +332,22 @@ def test_a_trim_is_an_event_and_not_losing_ground() -> None:
     assert trend.trimmed_bytes == 0 and verdict.judge(facts, trend) == ("in_step", None)
 
 
+def test_a_trim_between_two_passes_is_an_event_too() -> None:
+    """What the coming pass finds is not what the last one left: no longer in step, and the reason says why."""
+    trend = verdict.Trend()
+    facts = verdict.Facts(connected=True)
+    trend.finished(10**6, 0, 0.1, 2.0)
+    assert not trend.between(0, 10**8, 30.0, 2.0) and not trend.between(10**6, 10**8, 30.0, 2.0)
+    assert not trend.between(10**8, 10**8, 1.0, 2.0) and not trend.between(10**8, 10**8, None, 2.0)
+    assert verdict.judge(facts, trend) == ("in_step", None), "few bytes, or soon shipped"
+    assert trend.between(9 * 10**7, 10**8, 30.0, 2.0)
+    state, reason = verdict.judge(facts, trend)
+    assert state == "catching_up" and reason is not None and "fstrim" in reason
+    assert not trend.finished(10**8, 10**8, 30.0, 2.0, discarded_bytes=9 * 10**7), "the same trim"
+    trend.finished(10**8, 0, 0.1, 2.0)
+    assert trend.trimmed_bytes == 0 and verdict.judge(facts, trend) == ("in_step", None)
+
+
 # -- what is wanted ----------------------------------------------------------------------------------
 
 PHASES = st.sampled_from(["begun", "quiesced", "drained", "committed"])

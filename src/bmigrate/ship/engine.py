@@ -70,6 +70,7 @@ class Engine(threading.Thread):
         self.activity: str | None = None
         self.progress: dict[str, int] | None = None
         self._limiter: str | None = None
+        self._counted: Snapshot | None = None
         self.last_error: BmigrateError | None = None
         self.defect: BaseException | None = None
         self._sealed_by: str | None = None
@@ -295,6 +296,7 @@ class Engine(threading.Thread):
             self._check_attached(before)
             if self._resync(session, before):
                 continue
+            self._between(before)
             if before.left_bytes or session.in_flight_claims:
                 self._pass(session, before)
             else:
@@ -343,18 +345,32 @@ class Engine(threading.Thread):
         if any(self.record.seeded.get(name) != count for name, count in fresh.items()):
             # the walk began after these seeds and visited everything, so each volume was shipped once
             self.record.change(seeded={**self.record.seeded, **fresh})
-        discarded = after.discarded_bytes - before.discarded_bytes if after.counting == before.counting else 0
-        trim = self.trend.finished(
-            before.left_bytes, after.left_bytes, self.predicted(after), self.config.limits.max_drain_seconds, discarded
-        )
-        if trim:
-            workload = self.config.workload
-            text = f"workload {workload}: {verdict.trimmed(discarded)}; it does not count as losing ground"
-            log.event(_log, logging.INFO, "trim", text, workload, discarded_bytes=discarded)
+        discarded = self._discarded(after)
+        limit = self.config.limits.max_drain_seconds
+        if self.trend.finished(before.left_bytes, after.left_bytes, self.predicted(after), limit, discarded):
+            self._tell_trim(discarded)
         self.pacer.losing = self.trend.slipping
+
+    def _between(self, before: Snapshot) -> None:
+        """A pass is about to begin: what was discarded since the last one?"""
+        discarded = self._discarded(before)
+        limit = self.config.limits.max_drain_seconds
+        if self.trend.between(discarded, before.left_bytes, self.predicted(before), limit):
+            self._tell_trim(discarded)
+
+    def _discarded(self, now: Snapshot) -> int:
+        """Bytes that the workload discarded since this was asked last, in this session."""
+        last, self._counted = self._counted, now
+        return now.discarded_bytes - last.discarded_bytes if last is not None and now.counting == last.counting else 0
+
+    def _tell_trim(self, discarded: int) -> None:
+        workload = self.config.workload
+        text = f"workload {workload}: {verdict.trimmed(discarded)}; it does not count as losing ground"
+        log.event(_log, logging.INFO, "trim", text, workload, discarded_bytes=discarded)
 
     def _nothing_known(self) -> None:
         """What earlier passes said of this workload is over: a new session, or a comparison of everything."""
+        self._counted = None
         self.trend.disconnected()
         self.pacer.losing = self.trend.slipping
 

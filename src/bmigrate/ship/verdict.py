@@ -91,10 +91,8 @@ class Trend:
         """
         self.passes += 1
         self.caught_up = left_after == 0 or (predicted is not None and predicted <= limit_seconds)
-        if discarded_bytes and 2 * discarded_bytes >= left_after and not self.caught_up:
-            first = not self.trimmed_bytes
-            self.trimmed_bytes += discarded_bytes
-            return first
+        if self._is_trim(discarded_bytes, left_after) and not self.caught_up:
+            return self._trimmed(discarded_bytes)
         if self.caught_up:
             self.trimmed_bytes = 0
         if self.caught_up or left_after < left_before * HELPED:
@@ -102,6 +100,28 @@ class Trend:
         else:
             self.unhelpful += 1
         return False
+
+    def between(self, discarded_bytes: int, left_bytes: int, predicted: float | None, limit_seconds: float) -> bool:
+        """Take in what was discarded since the last pass, before the next one; returns whether a trim was first seen.
+
+        Args:
+            left_bytes, predicted: of the pass that is to come: when it would take longer than a drain may, what is left
+                is not what it was when the last pass was complete.
+        """
+        long = predicted is not None and predicted > limit_seconds
+        if not (long and self._is_trim(discarded_bytes, left_bytes)):
+            return False
+        self.caught_up = False
+        return self._trimmed(discarded_bytes)
+
+    @staticmethod
+    def _is_trim(discarded_bytes: int, left_bytes: int) -> bool:
+        return discarded_bytes > 0 and 2 * discarded_bytes >= left_bytes
+
+    def _trimmed(self, discarded_bytes: int) -> bool:
+        first = not self.trimmed_bytes
+        self.trimmed_bytes += discarded_bytes
+        return first
 
     @property
     def slipping(self) -> bool:
