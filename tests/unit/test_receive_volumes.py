@@ -8,12 +8,14 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Callable
 
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from bmigrate.common import blockdev
+from bmigrate.common.scatter import Scatter
 from bmigrate.receive.volumes import StandbyVolume
 
 SIZE = 1 << 20
@@ -30,7 +32,7 @@ def volume(tmp_path: Path) -> Iterator[StandbyVolume]:
     opened.close()
 
 
-@pytest.mark.parametrize("kind", ["write", "zero"])
+@pytest.mark.parametrize("kind", ["write", "extents", "zero"])
 def test_a_write_under_way_in_a_flush_is_flushed_by_the_next(
     volume: StandbyVolume, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -47,13 +49,19 @@ def test_a_write_under_way_in_a_flush_is_flushed_by_the_next(
     monkeypatch.setattr(os, "fdatasync", lambda fd: events.append("flushed"))
     monkeypatch.setattr(os, "pwritev", slow)
     monkeypatch.setattr(blockdev, "zero_out", slow)
-    body = (lambda: volume.write(0, PAGE)) if kind == "write" else (lambda: volume.zero(0, 4096, lambda: None))
-    writer = threading.Thread(target=body)
+    scatter = Scatter("test")
+    bodies: dict[str, Callable[[], None]] = {
+        "write": lambda: volume.write(0, PAGE),
+        "extents": lambda: volume.write_extents([(at * 8192, PAGE) for at in range(32)], scatter, lambda: None),
+        "zero": lambda: volume.zero(0, 4096, lambda: None),
+    }
+    writer = threading.Thread(target=bodies[kind])
     writer.start()
     assert inside.wait(60)
     volume.sync()
     go.set()
     writer.join()
+    scatter.close()
     volume.sync()
     assert events[-2:] == ["written", "flushed"], f"acknowledged without a flush: {events}"
     assert not volume.unsynced

@@ -18,7 +18,7 @@ import pytest
 from bmigrate.common import log, rpc
 from bmigrate.common.config import Limits
 from bmigrate.common.errors import BmigrateError, PhaseError, RefusedError, SuspectError, UnreachableError, UsageError
-from bmigrate.ship import drain, handshake, passes, source, verify
+from bmigrate.ship import compare, drain, handshake, passes, source, verify
 from bmigrate.ship import engine as engines
 from bmigrate.ship.engine import Engine
 from bmigrate.ship.jobs import Job
@@ -232,7 +232,8 @@ def test_a_shipper_that_dies_at_the_end_of_a_resync_leaves_it_to_be_done(world: 
 
 @pytest.fixture
 def wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    """A volume of many claims, in step, then written to at 300 places without a record."""
+    """A volume of many claims. Few ranges are compared at once, so that much is left when a part was compared."""
+    monkeypatch.setattr(compare, "UNDER_WAY", 2)
     made = World(tmp_path, monkeypatch, {"data": 32 * MIB + 3584})
     yield made
     made.close()

@@ -54,7 +54,7 @@ def workloads(streams: int) -> list[dict[str, Any]]:
 
 
 def install(lab: Lab, **extra: Any) -> None:
-    """Install on both hosts once, with modules built here: what DKMS does on a host, tests/ansible shows, in minutes."""
+    """Install on both hosts once, with modules built here: what DKMS does on a host, tests/ansible shows."""
     with tempfile.TemporaryDirectory() as directory:
         given = kernel_bench.given(lab, Path(directory))
         install_once(lab, bmigrate_kmod_method="prebuilt", bmigrate_kmod_prebuilt=str(given), **extra)

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 _PLAN: dict[str, list[tuple[str, str, int]]] = {}
 _VISITS: dict[str, int] = {}
+_COUNTING = threading.Lock()
 
 
 def configure(text: str) -> None:
@@ -40,7 +42,8 @@ def point(name: str) -> str | None:
     actions = _PLAN.get(name)
     if not actions:
         return None
-    _VISITS[name] = visit = _VISITS.get(name, 0) + 1
+    with _COUNTING:
+        _VISITS[name] = visit = _VISITS.get(name, 0) + 1
     result = None
     for action, argument, nth in actions:
         if nth and visit != nth:

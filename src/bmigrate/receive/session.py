@@ -18,6 +18,7 @@ from typing import Callable
 
 from bmigrate.common import faults
 from bmigrate.common.errors import RefusedError
+from bmigrate.common.scatter import Scatter
 from bmigrate.receive.ackfile import AckFile
 from bmigrate.receive.flusher import Flusher
 from bmigrate.receive.hasher import Hasher
@@ -42,6 +43,7 @@ class Writes:
         self._unpacker = unpacker
         self._link = link
         self._volumes = volumes
+        self._scatter = Scatter("scatter")
         self._handlers: dict[FrameType, Callable[[Frame], None]] = {
             FrameType.DATA: self._data,
             FrameType.EXTENTS: self._extents,
@@ -68,6 +70,7 @@ class Writes:
                     return "the sender said goodbye"
                 self.handle(frame)
         finally:
+            self._scatter.close()
             self.end()
 
     def begin(self) -> None:
@@ -107,8 +110,7 @@ class Writes:
     def _extents(self, frame: Frame) -> None:
         volume, parts = self._volume(frame), frame.parts()
         volume.check_extents(parts)
-        for offset, data in parts:
-            volume.write(offset, data)
+        volume.write_extents(parts, self._scatter, self._link.keep_alive)
 
     def _zero(self, frame: Frame) -> None:
         self._volume(frame).zero(frame.offset, frame.aux, self._link.keep_alive)
@@ -192,7 +194,7 @@ class Session(Writes):
     def _reread(self, frame: Frame) -> None:
         extents = frame.extents()
         self._hasher.settle()  # answers leave in the order of the requests
-        answer = self._volume(frame).digests(extents, self._link.keep_alive)
+        answer = self._volume(frame).digests(extents, self._scatter, self._link.keep_alive)
         self._link.send(FrameType.DIGESTS, volume=frame.volume, aux=len(extents), payload=answer)
 
     def _resync_done(self, frame: Frame) -> None:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Iterator
 from typing import Callable
 
 from bmigrate.common import blockdev, faults
 from bmigrate.common.errors import RefusedError
+from bmigrate.common.scatter import Scatter
 from bmigrate.wire import frames
 
 READ_BYTES = 1 << 20
@@ -43,7 +45,7 @@ class StandbyVolume:
         self._writes = 0
         self._synced = 0
         self._broken: str | None = None
-        self._reader: blockdev.DirectReader | None = None
+        self._readers = threading.local()
         try:
             self.fd = blockdev.open_direct(device, write=True)
         except OSError as error:
@@ -92,6 +94,19 @@ class StandbyVolume:
         for offset, data in parts:
             self.check("EXTENTS", offset, len(data))
 
+    def write_extents(self, parts: list[tuple[int, memoryview]], scatter: Scatter, alive: Alive) -> None:
+        """Write what ``check_extents`` has passed, several parts at a time where the device is slow.
+
+        They do not overlap (the decoder of the frame has seen to it), so their order is of no account. All are complete
+        on return, and only then counted: a flush that began before, and may miss one of them, is followed by another.
+
+        Raises:
+            RefusedError: the device failed; any of the others may be written.
+        """
+        scatter.each(self._write, parts, alive)
+        self._writes += 1
+        self.written_bytes += sum(len(data) for _, data in parts)
+
     def write(self, offset: int, data: memoryview) -> None:
         """Write `data` at `offset` (bytes). The buffer must be aligned in memory; it is not copied.
 
@@ -99,6 +114,13 @@ class StandbyVolume:
             RefusedError: out of bounds, not whole blocks, or the device failed.
         """
         self.check("DATA", offset, len(data))
+        self._write((offset, data))
+        self._writes += 1
+        self.written_bytes += len(data)
+
+    def _write(self, part: tuple[int, memoryview]) -> None:
+        """For any thread; what is counted is counted by the caller, when all is complete."""
+        offset, data = part
         if faults.point("receive.write") == "corrupt":
             data[0] ^= 0xFF
         done = 0
@@ -107,8 +129,6 @@ class StandbyVolume:
                 done += os.pwritev(self.fd, [data[done:]], offset + done)
         except OSError as error:
             raise self._failed(f"write of {len(data)} bytes at offset {offset}", error) from error
-        self._writes += 1
-        self.written_bytes += len(data)
 
     def zero(self, offset: int, length: int, alive: Alive) -> None:
         """Make `length` bytes at `offset` read back as zeroes; `alive` is called between long steps."""
@@ -161,14 +181,16 @@ class StandbyVolume:
             raise self._failed(f"read of {len(view)} bytes at offset {offset}", error) from error
         return view
 
-    def digests(self, extents: list[tuple[int, int]], alive: Alive) -> bytes:
+    def digests(self, extents: list[tuple[int, int]], scatter: Scatter, alive: Alive) -> bytes:
         """32-byte BLAKE2b digest of each extent, read from the device past the cache."""
         for offset, length in extents:
             self.check("REREAD", offset, length)
-        result = []
-        for offset, length in extents:
-            result.append(self._digest(offset, length, frames.EXTENT_DIGEST_BYTES))
-            alive()
+        result = [b""] * len(extents)
+
+        def digest(number: int) -> None:
+            result[number] = self._digest(*extents[number], frames.EXTENT_DIGEST_BYTES)
+
+        scatter.each(digest, range(len(extents)), alive)
         return b"".join(result)
 
     def close(self) -> None:
@@ -182,13 +204,14 @@ class StandbyVolume:
         return digest.digest()
 
     def _read(self, offset: int, length: int) -> Iterator[memoryview]:
-        if self._reader is None:
-            self._reader = blockdev.DirectReader(self.fd, READ_BYTES)
+        reader: blockdev.DirectReader | None = getattr(self._readers, "reader", None)
+        if reader is None:
+            reader = self._readers.reader = blockdev.DirectReader(self.fd, READ_BYTES)
         end = offset + length
         while offset < end:
             step = min(READ_BYTES, end - offset)
             try:
-                view = self._reader.read(offset, step)
+                view = reader.read(offset, step)
             except OSError as error:
                 raise self._failed(f"read of {step} bytes at offset {offset}", error) from error
             yield view

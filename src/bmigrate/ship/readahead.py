@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Claims and reads of a walk, in a thread ahead of the one that sends; with several streams, one such pair for each.
 
-Promises: a block is read after it was claimed, by the thread that claimed it, so that a write that the
+Promises: a block is read after it was claimed, by the thread that claimed it or for it, so that a write that the
 read misses makes it dirty again; each claim comes out whole, in order, in one or more batches, also when
 the walk is interrupted: what was claimed is sent. Memory is bounded: BUFFERS aligned buffers of BUFFER_BYTES,
 used again and again; a batch is valid until it is given back. It must never read what is not claimed to fill up
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Callable, NamedTuple
 
 from bmigrate.common import faults
+from bmigrate.common.scatter import Scatter
 from bmigrate.ship.pacer import Pacer
 from bmigrate.ship.session import Session
 from bmigrate.ship.source import SourceVolume
@@ -103,6 +104,7 @@ class ReadAhead:
         self._claims = walk
         self._failure: BaseException | None = None
         self._stopping = False
+        self._scatter = Scatter(f"{session.config.workload}-scatter", pacer.enter)
         self._free: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         for _ in range(BUFFERS):
@@ -134,6 +136,7 @@ class ReadAhead:
         self._stopping = True
         self._free.put(None)
         self._thread.join()
+        self._scatter.close()
 
     # -- the reading thread ------------------------------------------------------------------------
 
@@ -162,23 +165,44 @@ class ReadAhead:
         for offset, length in claim.extents:
             while length:
                 if used == BUFFER_BYTES:
+                    self._fill(volume, runs)
                     self._ready.put(Batch(volume, claim, runs, buffer, False))
                     buffer = self._free.get()
                     if buffer is None:
                         return False
                     used, runs = 0, []
-                step = min(length, BUFFER_BYTES - used, self._pacer.read_bytes(volume.number))
-                view = buffer[used : used + step]
-                with self._pacer.turn():
-                    began = time.monotonic()
-                    volume.read_into(view, offset)
-                    spent = time.monotonic() - began
-                    self._pacer.charge("source_read", spent)
-                    self._pacer.rest(volume.number, step, spent)
-                faults.point("ship.read")
-                runs.append((offset, view))
+                step = min(length, BUFFER_BYTES - used)
+                runs.append((offset, buffer[used : used + step]))
                 used += step
                 offset += step
                 length -= step
+        self._fill(volume, runs)
         self._ready.put(Batch(volume, claim, runs, buffer, True))
         return True
+
+    def _fill(self, volume: SourceVolume, runs: list[Run]) -> None:
+        """Read the runs: one short read after the other while the foreground comes first, else several at a time."""
+        pacer = self._pacer
+        if not pacer.polite:
+            began = time.monotonic()
+            self._scatter.each(lambda run: self._read_run(volume, *run), runs)
+            spent = time.monotonic() - began
+            pacer.charge("source_read", spent)
+            pacer.rest(volume.number, sum(len(view) for _, view in runs), spent)
+            return
+        for offset, whole in runs:
+            done = 0
+            while done < len(whole):
+                view = whole[done : done + pacer.read_bytes(volume.number)]
+                with pacer.turn():
+                    began = time.monotonic()
+                    self._read_run(volume, offset + done, view)
+                    spent = time.monotonic() - began
+                    pacer.charge("source_read", spent)
+                    pacer.rest(volume.number, len(view), spent)
+                done += len(view)
+
+    @staticmethod
+    def _read_run(volume: SourceVolume, offset: int, view: memoryview) -> None:
+        volume.read_into(view, offset)
+        faults.point("ship.read")
