@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Callable, NamedTuple
 
+from bmigrate.ship.passes import LANE_BYTES
 from lab import LabError, wait
 from tests.campaign import judge
 from tests.campaign.stage import Stage
@@ -23,6 +24,9 @@ from tests.vm.rig import LIMIT_SECONDS, UNITS, WORKLOAD, Refused
 NOT_REACHED_SECONDS = 45.0
 #: Three connections of an emulated guest on a busy machine take half a minute.
 SESSION_SECONDS = 120.0
+#: How often the receivers that are to die find enough for all streams, and how long that is waited for.
+BACKLOGS = 0.4
+BACKLOG_BYTES, BACKLOG_SECONDS = 3 * LANE_BYTES, 90.0
 #: How often a power cut of the standby meets flushes that are late.
 SLOW_FLUSHES = 0.6
 FILLER = "/var/lib/bmigrate/.campaign-filler"
@@ -46,7 +50,7 @@ POINTS: dict[str, dict[str, int]] = {
     "hold": {"hold.save": 2, "hold.saved": 2, "hold.admitted": 1, "hold.granted": 1, "hold.joined": 2},
     "breceive": {
         "receive.frame": 60, "receive.write": 60, "receive.fdatasync": 20, "receive.synced": 20, "receive.noted": 20,
-        "receive.ack_written": 20, "receive.mark": 20,
+        "receive.ack_written": 20, "receive.mark": 4,
     },
 }  # fmt: skip
 
@@ -128,7 +132,10 @@ def at_point(program: str, name: str) -> Callable[[Stage], bool]:
     def act(stage: Stage) -> bool:
         plan = f"{name}=kill@{stage.random.randint(1, POINTS[program][name])}"
         stage.details["plan"] = plan
-        return _receiver_dies(stage, plan) if program == "breceive" else _unit_dies(stage, program, plan)
+        if program != "breceive":
+            return _unit_dies(stage, program, plan)
+        # A further stream writes, and so is asked for a mark, only where much is left.
+        return _receiver_dies(stage, plan, name == "receive.mark" or stage.random.random() < BACKLOGS)
 
     return act
 
@@ -173,6 +180,8 @@ def _unit_dies(stage: Stage, program: str, plan: str, seconds: float = NOT_REACH
     host = stage.standby if program == "hold" else stage.primary
     unit, rig = UNITS[program], stage.rig
     drop_in = f"/run/systemd/system/{unit}.d/campaign.conf"
+    # Also how often it was restarted: what an earlier fault did is no sign of this one.
+    rig.run(host, "systemctl", "reset-failed", unit)
     before = stage.properties(host, program)["MainPID"]
     rig.run(host, "mkdir", "-p", drop_in.rsplit("/", 1)[0])
     rig.run(host, "sh", "-c", f"printf '[Service]\\nEnvironment=BMIGRATE_FAULTS={plan}\\n' > {drop_in}")
@@ -192,24 +201,37 @@ def _unit_dies(stage: Stage, program: str, plan: str, seconds: float = NOT_REACH
     return _reached(lambda: stage.properties(host, program)["NRestarts"] != "0", seconds)
 
 
-def _receiver_dies(stage: Stage, plan: str) -> bool:
+def _receiver_dies(stage: Stage, plan: str, backlog: bool) -> bool:
     epoch = stage.epoch_on_disk()
     # It may die before it was seen; the epoch tells.
-    stage.details["seen"] = _receivers_get(stage, plan, lambda: stage.epoch_on_disk() >= epoch + 2)
+    stage.details["seen"] = _receivers_get(stage, plan, lambda: stage.epoch_on_disk() >= epoch + 2, backlog)
     return _reached(lambda: stage.epoch_on_disk() >= epoch + 2)
 
 
-def _receivers_get(stage: Stage, plan: str, enough: Callable[[], bool] = lambda: False) -> bool:
+def _receivers_get(stage: Stage, plan: str, enough: Callable[[], bool] = lambda: False, backlog: bool = False) -> bool:
     """Begin a session all receivers of which have a plan; whether that was seen, or ``enough``, in time.
 
     sshd gives a receiver its environment; its configuration says nothing any more once they have started.
+
+    Args:
+        backlog: let so much become dirty before that all streams of the session take part.
     """
     rig, host = stage.rig, stage.standby
     # One that is just being opened would go on without the plan: its receivers have started.
     _reached(lambda: bool(stage.status_of_session()["epoch"]), SESSION_SECONDS)
-    rig.run(host, "sh", "-c", f"echo 'SetEnv BMIGRATE_FAULTS={plan}' > {SSHD} && systemctl reload ssh")
+    if backlog:
+        rig.ship(stage.primary, "pause", workload=WORKLOAD)
     try:
-        rig.ship(stage.primary, "reconnect", workload=WORKLOAD)
+        if backlog:
+            _reached(lambda: rig.tracked(stage.primary)["dirty_bytes"] >= BACKLOG_BYTES, BACKLOG_SECONDS)
+            stage.details["backlog"] = rig.tracked(stage.primary)["dirty_bytes"]
+        rig.run(host, "sh", "-c", f"echo 'SetEnv BMIGRATE_FAULTS={plan}' > {SSHD} && systemctl reload ssh")
+    finally:
+        if backlog:
+            rig.ship(stage.primary, "resume", workload=WORKLOAD)
+    try:
+        if not backlog:
+            rig.ship(stage.primary, "reconnect", workload=WORKLOAD)
 
         def with_plan() -> bool:
             count = 0
