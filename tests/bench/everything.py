@@ -118,6 +118,15 @@ def _streams(found: Any, command: str) -> list[Row]:
     return rows
 
 
+def _scattered(found: Any, command: str) -> list[Row]:
+    ratios, rate = found["ratios"], [value / MIB for value in found["bytes_per_second"]]
+    faster = statistics.median(ratios) > 1
+    return [
+        Row("scattered blocks of 4 KiB on a disk: MiB/s", rate, "", None, command),
+        Row("scattered blocks, several at a time / one after the other", ratios, "> 1", faster, command),
+    ]
+
+
 def _compression(found: Any, command: str) -> list[Row]:
     random, text = found["random"]["ratios"], found["text"]["ratios"]
     limit = found["text"]["limit_bytes_per_second"] // MIB
@@ -217,6 +226,7 @@ BENCHMARKS = (
     ),
     Benchmark("compression", "tests.bench.compression", (), _compression),
     Benchmark("streams", "tests.bench.streams", (), _streams),
+    Benchmark("scattered", "tests.bench.scattered", (), _scattered),
     Benchmark("tools", "tests.bench.tools", (), _tools),
     Benchmark("drain", "tests.bench.drain", (), _drain),
     Benchmark("convergence", "tests.bench.convergence", ("--mib", "64", "--rounds", "2"), _convergence),

@@ -102,14 +102,21 @@ class Bench:
         self.known = directory / "known_hosts"
         self.known.write_text(self.server.known_host())
 
-    def begin(self) -> subprocess.Popen[bytes]:
-        """A shipping daemon that has read all and must not ship yet; every block is dirty."""
+    def begin(self, extents: list[list[int]] | None = None) -> subprocess.Popen[bytes]:
+        """A shipping daemon that has read all and must not ship yet; every block is dirty.
+
+        Args:
+            extents: [offset, length]; only these are dirty, and everything was shipped before.
+        """
         world = self.world
         world.role("primary", shipping=False)
         with world.breqd.lock:
             for key in world.breqd.items:
-                world.breqd.maps.mark_all(key, time.monotonic())
-            world.breqd.seeds += 1
+                if extents is None:
+                    world.breqd.maps.mark_all(key, time.monotonic())
+                else:
+                    world.breqd.maps.mark_extents(key, extents, time.monotonic())
+            world.breqd.seeds += extents is None
         process = world.daemon()
         config = world.directory / "alpha" / "etc" / "wl.yml"
         config.write_text(
@@ -133,9 +140,9 @@ class Bench:
         self.until("in_step")
         return process
 
-    def shipped(self) -> float:
-        """Seconds for a seed."""
-        process = self.begin()
+    def shipped(self, extents: list[list[int]] | None = None) -> float:
+        """Seconds for a seed, or for these extents."""
+        process = self.begin(extents)
         began = time.monotonic()
         self.go()
         self.until("in_step")

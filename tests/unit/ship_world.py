@@ -273,6 +273,7 @@ class World:
         self._writer: threading.Thread | None = None
         self._writing = threading.Event()
         self.written_writes = 0
+        self.prelude = ""  # of the program that `daemon` starts
 
     # -- files -------------------------------------------------------------------------------------
 
@@ -387,7 +388,7 @@ class World:
         )  # fmt: skip
         log = open(self.directory / "ship.log", "ab")
         process = subprocess.Popen(
-            [sys.executable, "-c", "import sys; from bmigrate.ship.main import main; sys.exit(main())"],
+            [sys.executable, "-c", f"import sys; {self.prelude}from bmigrate.ship.main import main; sys.exit(main())"],
             env=environment, stderr=log, stdout=log,
         )  # fmt: skip
         log.close()

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import signal
 import sys
 from pathlib import Path
 
-from bmigrate.common import blockdev
+from bmigrate.common import blockdev, scatter
 from bmigrate.wire import hashing
 
 _open_direct = blockdev.open_direct
@@ -57,6 +58,8 @@ def install() -> None:
     blockdev.logical_block_size = _logical_block_size
     if "EDGE_KILLS_ARE_LOST" in os.environ:  # as if the victim were stuck in the kernel
         signal.pidfd_send_signal = lambda *_: None
+    if "BMIGRATE_TEST_ONE_AT_A_TIME" in os.environ:  # as before scattered blocks were written beside each other
+        scatter.WORTH_SECONDS = math.inf
     if "BMIGRATE_TEST_HASH" in os.environ:  # as if that one had been measured to be faster
         hashing.preferred = lambda: os.environ["BMIGRATE_TEST_HASH"]
 
