@@ -236,17 +236,33 @@ BENCHMARKS = (
 )
 
 
+def commit_now() -> str:
+    """What is measured: the commit, with a word when files differ from it."""
+    argv = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def commits_of(names: Sequence[str]) -> str:
+    """Which commit each of these was measured at, by what was kept; one for all, or each with its benchmarks."""
+    by_commit: dict[str, list[str]] = {}
+    for name in names:
+        by_commit.setdefault(json.loads((RESULTS / f"{name}.json").read_text())["commit"], []).append(name)
+    if len(by_commit) == 1:
+        return f"Commit {next(iter(by_commit))}"
+    return "Commits " + ", ".join(f"{commit} ({', '.join(of)})" for commit, of in by_commit.items())
+
+
 def run(benchmark: Benchmark) -> Any:
     """Run one, keep what it said, and return it."""
     print(f"# {benchmark.command}", file=sys.stderr, flush=True)
-    began = time.monotonic()
+    began, commit = time.monotonic(), commit_now()
     argv = [sys.executable, "-m", benchmark.module, *benchmark.arguments, "--json"]
     done = subprocess.run(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    text = done.stdout.strip().splitlines()[-1]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{benchmark.name}.json").write_text(text + "\n")
+    (RESULTS / f"{benchmark.name}.json").write_text(json.dumps({"commit": commit, "found": found}) + "\n")
     print(f"  {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    return json.loads(text)
+    return found
 
 
 def lines(rows: Sequence[Row]) -> str:
@@ -328,22 +344,22 @@ def pictures(found: dict[str, Any]) -> dict[str, str]:
     return made
 
 
-def page(text: str, rows: Sequence[Row], commands: Sequence[str], below: Sequence[str] = ()) -> str:
+def page(text: str, of: str, rows: Sequence[Row], commands: Sequence[str], below: Sequence[str] = ()) -> str:
     """docs/performance.md with another table in it.
+
+    Args:
+        of: which commits were measured. below: lines after the table.
 
     Raises:
         ValueError: the page has no place for it.
     """
     if BEGIN not in text or END not in text:
         raise ValueError("the page has no place for the table")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         "",
     )
-    of = f"Commit {commit}; {os.cpu_count()} cores, {model}; guests emulated (TCG)."
+    of = f"{of}; {os.cpu_count()} cores, {model}; guests emulated (TCG)."
     said = "".join(f"{line}\n\n" for line in below)
     made_by = "".join(f"    {command}\n" for command in commands)
     body = f"{BEGIN}\n{of}\n\n{lines(rows)}\n\n{said}Made by:\n\n{made_by}{END}"
@@ -369,10 +385,10 @@ def gather(
             continue
         try:
             fresh = name in wanted and not again
-            found[name] = measure(benchmark) if fresh else json.loads(kept.read_text())
+            found[name] = measure(benchmark) if fresh else json.loads(kept.read_text())["found"]
         except FileNotFoundError:
             failed[name] = f"there is no {kept.name} in build/bench: measure it, with `--only {name}`"
-        except (subprocess.CalledProcessError, ValueError, IndexError) as error:
+        except (subprocess.CalledProcessError, ValueError, IndexError, KeyError) as error:
             # The others are measured all the same: each takes minutes.
             failed[name] = f"failed: {error}"
     return found, failed
@@ -405,7 +421,8 @@ def main() -> int:
         print(f"drawn: {where.relative_to(ROOT) / name}", file=sys.stderr)
     if write:
         commands = [benchmark.command for benchmark in shown]
-        PAGE.write_text(page(PAGE.read_text(), rows, commands, notes(found)))
+        of = commits_of([benchmark.name for benchmark in shown])
+        PAGE.write_text(page(PAGE.read_text(), of, rows, commands, notes(found)))
     return 1 if failed or any(row.holds is False for row in rows) else 0
 
 

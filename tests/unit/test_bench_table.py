@@ -60,11 +60,13 @@ def test_memory_beside_the_maps_has_a_row() -> None:
 
 def test_the_page_keeps_its_words() -> None:
     before = f"# Title\n\nwords\n\n{BEGIN}\nold\n{END}\n\nmore\n"
-    after = page(before, [Row("what", [1.0], "", None, "c")], ["python -m x"])
+    after = page(before, "Commit 1", [Row("what", [1.0], "", None, "c")], ["python -m x"])
     assert after.startswith("# Title\n\nwords\n") and after.endswith(f"{END}\n\nmore\n") and "old" not in after
-    assert "    python -m x\n" in after and page(after, [], []).count(BEGIN) == 1
+    assert (
+        f"{BEGIN}\nCommit 1; " in after and "    python -m x\n" in after and page(after, "", [], []).count(BEGIN) == 1
+    )
     with pytest.raises(ValueError, match="no place"):
-        page("no place", [], [])
+        page("no place", "", [], [])
 
 
 def test_curves_are_well_formed_and_inside() -> None:
@@ -118,7 +120,7 @@ def test_the_scheduler_stands_below_the_table() -> None:
     assert "`mq-deadline`" in scheduler and "4 MiB/s" in scheduler
     assert "2.0 ms alone" in times and "5.0 ms beside" in times
     assert everything.notes({}) == []
-    after = page(f"{BEGIN}\n{END}", [Row("what", [1.0], "", None, "c")], ["c"], [scheduler])
+    after = page(f"{BEGIN}\n{END}", "", [Row("what", [1.0], "", None, "c")], ["c"], [scheduler])
     assert f"{scheduler}\n\nMade by:" in after
 
 
@@ -128,7 +130,7 @@ def test_a_table_that_is_written_has_all_of_them(tmp_path: Path, monkeypatch: py
     assert "tracking" in names and len(set(names)) == len(names)
     for name in names:
         if name != "tracking":
-            (tmp_path / f"{name}.json").write_text('"kept"')
+            (tmp_path / f"{name}.json").write_text('{"commit": "1", "found": "kept"}')
 
     def measure(benchmark: everything.Benchmark) -> str:
         if benchmark.name == "tools":
@@ -144,6 +146,15 @@ def test_a_table_that_is_written_has_all_of_them(tmp_path: Path, monkeypatch: py
     assert list(failed) == ["tools"] and list(found) == [name for name in names if name != "tools"]
     found, failed = everything.gather(names, True, False, measure)
     assert set(found.values()) == {"kept"} and list(failed) == ["tracking"]
+
+
+def test_each_number_has_the_commit_that_it_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(everything, "RESULTS", tmp_path)
+    for name, commit in (("records", "a1"), ("drain", "b2"), ("tools", "a1")):
+        (tmp_path / f"{name}.json").write_text(f'{{"commit": "{commit}", "found": 1}}')
+    assert everything.commits_of(["records", "tools"]) == "Commit a1"
+    assert everything.commits_of(["records", "drain", "tools"]) == "Commits a1 (records, tools), b2 (drain)"
+    assert everything.commit_now()
 
 
 def test_the_repositorys_page_has_the_place() -> None:
