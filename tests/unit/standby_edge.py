@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from bmigrate.common import blockdev, scatter
+from bmigrate.receive import main as receiver
 from bmigrate.wire import hashing
 
 _open_direct = blockdev.open_direct
@@ -58,6 +59,8 @@ def install() -> None:
     blockdev.logical_block_size = _logical_block_size
     if "EDGE_KILLS_ARE_LOST" in os.environ:  # as if the victim were stuck in the kernel
         signal.pidfd_send_signal = lambda *_: None
+    if "EDGE_HANDSHAKE_SECONDS" in os.environ:
+        receiver.HANDSHAKE_SECONDS = float(os.environ["EDGE_HANDSHAKE_SECONDS"])
     if "BMIGRATE_TEST_ONE_AT_A_TIME" in os.environ:  # as before scattered blocks were written beside each other
         scatter.WORTH_SECONDS = math.inf
     if "BMIGRATE_TEST_HASH" in os.environ:  # as if that one had been measured to be faster

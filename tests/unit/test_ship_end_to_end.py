@@ -25,6 +25,7 @@ from bmigrate.ship.jobs import Job
 from bmigrate.ship.lane import Lane
 from bmigrate.ship.passes import PassResult
 from bmigrate.ship.session import Session
+from bmigrate.ship.tracker import Tracker
 from bmigrate.wire.frames import FrameType
 from tests.unit.ship_world import GRANULE, World
 from tests.unit.standby_host import MIB, wait
@@ -764,6 +765,84 @@ def _poke(path: Path, offset: int) -> None:
         os.pwrite(fd, os.urandom(GRANULE), offset)
     finally:
         os.close(fd)
+
+
+def _damaged_before_the_proof(world: World, monkeypatch: pytest.MonkeyPatch, offset: int) -> None:
+    """The standby's disk has something else there when the drain's proof begins."""
+    prove = drain._prove
+
+    def damaged(*arguments: Any) -> None:
+        _poke(world.replica(), offset)
+        prove(*arguments)
+
+    monkeypatch.setattr(drain, "_prove", damaged)
+
+
+@pytest.mark.parametrize("breqd", ["answers", "is gone"])
+def test_a_mismatch_is_never_forgotten(world: World, monkeypatch: pytest.MonkeyPatch, breqd: str) -> None:
+    """The session ends in the moment in which the proof sees that the standby has something else."""
+    engine = world.engine()
+    world.until(engine, "in_step")
+    answer, suspect = Session.answer, Tracker.suspect
+    gone = breqd == "is gone"
+
+    def cut(self: Session) -> bytes:
+        payload = answer(self)
+        self.fail(UnreachableError("the link is cut", reason="disconnected"))
+        return payload
+
+    def silent(self: Tracker, *arguments: str) -> None:
+        if gone:
+            raise UnreachableError("breqd is gone", reason="breqd_unreachable")
+        suspect(self, *arguments)
+
+    monkeypatch.setattr(Tracker, "suspect", silent)
+    _damaged_before_the_proof(world, monkeypatch, 0)
+    world.write(0, os.urandom(GRANULE))
+    with monkeypatch.context() as during, pytest.raises(BmigrateError) as caught:
+        during.setattr(Session, "answer", cut)
+        world.drain(engine)
+    assert caught.value.reason == "digest_mismatch"
+    gone = False
+    wait(lambda: world.breqd.items["wl", "data"].record.resyncs == 1, "a comparison of everything")
+    world.until(engine, "in_step")
+    world.check_equal()
+
+
+def test_answers_that_have_come_are_judged_whatever_ends_the_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link is cut after all of them have come, and before the one that tells of the damage is looked at."""
+    monkeypatch.setattr(drain, "REREAD_PIECES", 1)
+    world = World(tmp_path, monkeypatch)
+    try:
+        engine = world.engine()
+        world.until(engine, "in_step")
+        answer = Session.answer
+        looked = 0
+
+        def late(self: Session) -> bytes:
+            nonlocal looked
+            looked += 1
+            if looked == 1:
+                wait(lambda: not self._expected, "all answers")
+                answer(self)
+                self.fail(UnreachableError("the link is cut", reason="disconnected"))
+                raise self._failure or AssertionError
+            return answer(self)
+
+        _damaged_before_the_proof(world, monkeypatch, 3 * 64 * GRANULE)
+        for number in range(6):
+            world.write(number * 64 * GRANULE, os.urandom(GRANULE))
+        with monkeypatch.context() as during, pytest.raises(BmigrateError) as caught:
+            during.setattr(Session, "answer", late)
+            world.drain(engine)
+        assert caught.value.reason == "digest_mismatch"
+        wait(lambda: world.breqd.items["wl", "data"].record.resyncs == 1, "a comparison of everything")
+        world.until(engine, "in_step")
+        world.check_equal()
+    finally:
+        world.close()
 
 
 def test_what_a_failed_proof_left_unanswered_is_no_answer_to_the_resync(

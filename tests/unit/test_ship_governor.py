@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bmigrate.common import blockdev
+from bmigrate.common.errors import UnreachableError
 from bmigrate.ship import gentle, governor, pacer
 from bmigrate.ship.governor import Governor, Sample
 
@@ -157,12 +158,24 @@ def test_waiting_for_the_bandwidth_limit_is_charged_to_it() -> None:
     limited, free, urgent = pacer.Pacer(4 * MIB), pacer.Pacer(0), pacer.Pacer(4 * MIB)
     urgent.urgent.set()
     for item in (limited, free, urgent):
-        item.before_send(3 * MIB)
-        item.before_send(1)
+        item.before_send(3 * MIB, lambda: None)
+        item.before_send(1, lambda: None)
     assert limited.spent["bandwidth_limit"] > 0.2
     assert limited.limiter(1.0) == "bandwidth_limit"
     for item in (free, urgent):
         assert item.spent["bandwidth_limit"] < 0.1
+
+
+def test_a_session_that_is_over_ends_the_wait_for_the_bandwidth_limit() -> None:
+    """Not after the minutes that a low limit asks for."""
+    limited = pacer.Pacer(1)
+    limited.before_send(pacer.MIN_BURST_BYTES, lambda: None)
+
+    def over() -> None:
+        raise UnreachableError("the link is gone", reason="disconnected")
+
+    with pytest.raises(UnreachableError):
+        limited.before_send(MIB, over)
 
 
 @pytest.mark.parametrize("reason", ["io_latency", "io_pressure"])

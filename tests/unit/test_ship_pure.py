@@ -108,6 +108,8 @@ class WindowMachine(RuleBasedStateMachine):
         """What is under way is what was sent and not released."""
         assert self.window.in_flight_claims == len(self.sent - self.out) + len(self.waiting)
         assert (self.window.in_flight_bytes == 0) == (self.window.in_flight_claims == 0)
+        assert (self.window.in_flight_total_bytes == 0) == (self.window.in_flight_claims == 0)
+        assert self.window.in_flight_total_bytes >= self.window.in_flight_bytes
 
 
 TestWindow = WindowMachine.TestCase

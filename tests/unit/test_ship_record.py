@@ -52,3 +52,17 @@ def test_a_session_that_is_not_on_disk_is_not_the_last_one(root: Path, monkeypat
             record.opened(4, "s4")
     assert record.last_session() == {"epoch": 3, "session_id": "s3", "ack": 17} == Record("wl").last_session()
     record.close()
+
+
+def test_distrust_outlives_the_process(root: Path) -> None:
+    """Until a session has begun, which makes every volume suspect first."""
+    record = Record("wl")
+    record.opened(3, "s3")
+    record.acked(17)
+    record.distrust()
+    record.close()
+    again = Record("wl")
+    assert record.damaged and again.damaged
+    again.opened(4, "s4")
+    again.close()
+    assert Record("wl").damaged is False

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
+from bmigrate.common.errors import RefusedError
 from bmigrate.ship import passes, readahead
 from bmigrate.ship.engine import Engine
 from bmigrate.ship.lane import Lane
@@ -257,6 +258,55 @@ def test_streams_that_take_long_to_join_do_not_end_the_first(tmp_path: Path, mon
         engine = world.engine()
         world.until(engine, "in_step")
         assert engine.session is not None and (engine.session.epoch, len(engine.session.lanes)) == (1, 2)
+    finally:
+        world.close()
+
+
+def _other_logins(world: World, line: str) -> None:
+    """A line of shell that comes first in each connection but a session's first."""
+    script = world.ssh.read_text()
+    line = f"if [ -s {world.directory / 'receivers'} ]; then {line}; fi"
+    world.ssh.write_text(script.replace("#!/bin/sh\n", f"#!/bin/sh\n{line}\n", 1))
+
+
+def test_a_stream_does_not_wait_for_the_login_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two logins takes longer than receivers wait for a greeting, and than they bear silence."""
+    monkeypatch.setattr(standby_host, "CONFIG", standby_host.CONFIG.replace("{silence}", "2"))
+    world = World(tmp_path, monkeypatch)
+    try:
+        _other_logins(world, f"export EDGE_HANDSHAKE_SECONDS=2; mkdir {tmp_path / 'late'} 2>/dev/null && sleep 6")
+        world.config = dataclasses.replace(world.config, streams=3)
+        engine = world.engine()
+        world.until(engine, "in_step")
+        assert engine.session is not None and (engine.session.epoch, len(engine.session.lanes)) == (1, 3)
+        assert [lane.number for lane in engine.session.lanes] == [0, 1, 2]
+    finally:
+        world.close()
+
+
+def test_who_may_not_join_because_the_session_has_ended_tries_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first receiver dies while the second logs in: no refusal, which would be final for a handover that waits."""
+    world = World(tmp_path, monkeypatch)
+    noted: list[Exception] = []
+    note = Engine._note
+
+    def watched(self: Engine, error: Exception) -> None:
+        noted.append(error)
+        note(self, error)
+
+    monkeypatch.setattr(Engine, "_note", watched)
+    try:
+        first = f"$(head -n1 {tmp_path / 'receivers'})"
+        _other_logins(
+            world,
+            f"mkdir {tmp_path / 'late'} 2>/dev/null && kill -9 {first} && while kill -0 {first}; do sleep 0.1; done",
+        )
+        world.config = dataclasses.replace(world.config, streams=2)
+        engine = world.engine()
+        world.until(engine, "in_step")
+        assert noted and not any(isinstance(error, RefusedError) for error in noted), noted
     finally:
         world.close()
 

@@ -31,6 +31,8 @@ BLKZEROOUT = 0x127F
 
 MIB = 1 << 20
 SECTOR = 512
+LARGEST_BLOCK_BYTES = 4096
+"""Of the logical blocks of a device: what is dirty is told, and zeroes are, in units of so much."""
 
 
 def is_block(fd: int) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bmigrate.common import paths
+from bmigrate.common.blockdev import LARGEST_BLOCK_BYTES
 from bmigrate.common.config import Config
 from bmigrate.handover import discover, judge, probe
 from bmigrate.kmod import kernels
@@ -298,6 +299,14 @@ def _pair(problems: _Problems, source: Mapping[str, Any], target: Mapping[str, A
                 "unknown_volume", "not configured there", volume=name, host=str(target["host"]), hint="run install.yml"
             )
         elif volume["present"] and other["present"]:
+            if volume["logical_block_size"] > LARGEST_BLOCK_BYTES:
+                problems.block(
+                    "logical_block_size",
+                    f"logical blocks of {volume['logical_block_size']} bytes",
+                    volume=name,
+                    host=str(source["host"]),
+                    hint=f"devices with blocks of up to {LARGEST_BLOCK_BYTES} bytes are supported",
+                )
             if other["size_bytes"] < volume["size_bytes"]:
                 problems.block(
                     "too_small",

@@ -69,6 +69,8 @@ class Link:
 
     def start_session(self, epoch: int, hold_fd: int, silence_seconds: float, version: int) -> None:
         """From now on frames carry `epoch` and are of `version`, and the end of `hold_fd` ends the session."""
+        # The sender has said all that it had to say, and we let it wait: that was no silence.
+        self._heard = time.monotonic()
         self.reader.allowed = from_sender(version)
         self.reader.epoch = self.writer.epoch = epoch
         self._hold = hold_fd

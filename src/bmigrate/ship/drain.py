@@ -17,7 +17,7 @@ from collections import deque
 from typing import Any, Callable
 
 from bmigrate.common import faults
-from bmigrate.common.errors import RefusedError, SuspectError
+from bmigrate.common.errors import BmigrateError, RefusedError, SuspectError
 from bmigrate.ship.ledger import DIGEST_BYTES, Ledger
 from bmigrate.ship.pacer import Pacer
 from bmigrate.ship.passes import PassResult, run_pass
@@ -32,6 +32,8 @@ MAX_PASSES = 20
 REREAD_BYTES = 32 << 20
 REREAD_PIECES = 4096
 REREADS_UNDER_WAY = 4
+MISMATCH = "digest_mismatch"
+"""Reason of the error of a proof that found something else on the standby."""
 
 
 def drain(
@@ -180,31 +182,41 @@ def _prove(session: Session, ledger: Ledger, check: Callable[[], None]) -> None:
             if answer[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES] != digest:
                 raise _mismatch(session, volume, offset, length)
 
-    for name in ledger.volumes():
-        for batch in ledger.batches(name, REREAD_BYTES, REREAD_PIECES):
-            check()
-            session.request(
-                FrameType.REREAD,
-                FrameType.DIGESTS,
-                len(batch),
-                volume=volumes[name].index,
-                payload=frames.encode_extents([(offset, length) for offset, length, _ in batch]),
-            )
-            under_way.append((volumes[name], batch))
-            if len(under_way) > REREADS_UNDER_WAY:
+    try:
+        for name in ledger.volumes():
+            for batch in ledger.batches(name, REREAD_BYTES, REREAD_PIECES):
+                check()
+                under_way.append((volumes[name], batch))
+                session.request(
+                    FrameType.REREAD,
+                    FrameType.DIGESTS,
+                    len(batch),
+                    volume=volumes[name].index,
+                    payload=frames.encode_extents([(offset, length) for offset, length, _ in batch]),
+                )
+                if len(under_way) > REREADS_UNDER_WAY:
+                    finish_oldest()
+        while under_way:
+            finish_oldest()
+    except BmigrateError as error:
+        # Whatever ended the proof: no other proof looks at these pieces, so what has come is judged.
+        why = error
+        while under_way and session.answered:
+            try:
                 finish_oldest()
-    while under_way:
-        finish_oldest()
+            except BmigrateError as worse:
+                why = worse
+        raise why from error.__cause__
 
 
 def _mismatch(session: Session, volume: SourceVolume, offset: int, length: int) -> RefusedError:
     """The blocks are clean in breqd and wrong on the standby: only suspicion keeps the invariant, so it comes first."""
     reason = f"the standby read back something else than was sent to bytes {offset} to {offset + length}"
-    session.breqd(lambda tracker: tracker.suspect(volume.name, f"drain: {reason}"))
+    session.distrust(volume.name, f"drain: {reason}")
     return RefusedError(
         reason,
         volume=volume.name,
         host=session.config.peer.name,
         hint="check the standby's disk and memory; the source stays primary, and the volume is compared by checksum",
-        reason="digest_mismatch",
+        reason=MISMATCH,
     )

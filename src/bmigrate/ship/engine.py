@@ -482,7 +482,8 @@ class Engine(threading.Thread):
             if session.unanswered:
                 # The next comparison would be given this one's answers, and call a block equal that was never compared.
                 session.fail(error)
-            job.failed(session.failure or error)
+            # What was seen of the standby's disk is worth more than how the session ended.
+            job.failed(error if error.reason == drains.MISMATCH else session.failure or error)
             session.check()
         except OSError as exc:
             job.failed(RefusedError(str(exc), reason="os_error"))

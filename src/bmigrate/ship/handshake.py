@@ -29,7 +29,7 @@ def open_source(config: Config, name: str, snapshot: Snapshot) -> SourceVolume:
     """Open a volume's device for reading, if breqd tracks just this device.
 
     Raises:
-        RefusedError: reason ``not_attached``, ``device_missing`` or ``size_changed``.
+        RefusedError: reason ``not_attached``, ``device_missing``, ``size_changed`` or ``logical_block_size``.
     """
     tracked = snapshot.volumes.get(name)
     if tracked is None or not tracked.attached:
@@ -47,6 +47,15 @@ def open_source(config: Config, name: str, snapshot: Snapshot) -> SourceVolume:
             volume=name,
             hint="a device that was resized must be attached anew: systemctl restart breqd",
             reason="size_changed",
+        )
+    if source.logical_block_size > blockdev.LARGEST_BLOCK_BYTES:
+        size = source.logical_block_size
+        source.close()
+        raise RefusedError(
+            f"{source.path} has logical blocks of {size} bytes",
+            volume=name,
+            hint=f"devices with blocks of up to {blockdev.LARGEST_BLOCK_BYTES} bytes are supported",
+            reason="logical_block_size",
         )
     return source
 

@@ -192,7 +192,7 @@ class Daemon:
                 engine.observe(views.get(name))
                 try:
                     engine.refresh_state()
-                except BmigrateError as error:
+                except (BmigrateError, OSError) as error:
                     _log.error("workload %s: %s", name, error)
         if client is not None:
             client.close()

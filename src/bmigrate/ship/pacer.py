@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Callable
 
 from bmigrate.ship import gentle
 from bmigrate.ship.governor import Governor, Sample
@@ -79,8 +80,12 @@ class Pacer:
         with self._lock:
             self.spent[cause] += seconds
 
-    def before_send(self, count: int) -> None:
-        """Wait until ``count`` bytes may go out under the bandwidth limit."""
+    def before_send(self, count: int, check: Callable[[], None]) -> None:
+        """Wait until ``count`` bytes may go out under the bandwidth limit.
+
+        Args:
+            check: called about once a second meanwhile; what it raises ends the wait.
+        """
         began = time.monotonic()
         now = began
         while not self.urgent.is_set():
@@ -89,6 +94,7 @@ class Pacer:
             if not wait:
                 break
             self.urgent.wait(min(wait, 1.0))
+            check()
             now = time.monotonic()
         self.charge("bandwidth_limit", now - began)
 

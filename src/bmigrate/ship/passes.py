@@ -135,7 +135,7 @@ class Sender:
         lane, packer, choice = self._lane, self._lane.packer, self._lane.choice
         self._session.check()
         if packer is None:
-            self._pacer.before_send(total + HEADER_BYTES)
+            self._pacer.before_send(total + HEADER_BYTES, self._session.check)
             began = time.monotonic()
             lane.send_extents(volume.index, parts)
             self._pacer.charge("link", time.monotonic() - began)
@@ -146,7 +146,7 @@ class Sender:
                 table = frames.encode_extents([(offset, len(data)) for offset, data in parts])
                 packed = packer.pack([*(data for _, data in parts), table])
             packing_seconds = time.monotonic() - began
-            self._pacer.before_send((total if packed is None else len(packed)) + HEADER_BYTES)
+            self._pacer.before_send((total if packed is None else len(packed)) + HEADER_BYTES, self._session.check)
             sending = time.monotonic()
             if packed is None or len(packed) >= total:
                 lane.send_extents(volume.index, parts)

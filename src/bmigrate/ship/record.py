@@ -118,6 +118,16 @@ class Record:
             self._fd = os.open(self.ack_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.pwrite(self._fd, _ACK.pack(int(self.session["epoch"]), number, zlib.crc32(raw)), 0)
 
+    def distrust(self) -> None:
+        """Nothing that was acknowledged is believed any more: the next session begins as with a damaged number.
+
+        Also the next one of another process: what is in ship.ack then is no number.
+        """
+        self.damaged = True
+        if self._fd is None:
+            self._fd = os.open(self.ack_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.pwrite(self._fd, b"\xff" * _ACK.size, 0)
+
     def close(self) -> None:
         """Close the file of the number."""
         if self._fd is not None:

@@ -17,6 +17,7 @@ connection to breqd, under another.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import queue
@@ -53,7 +54,11 @@ SYNC_RATE_SECONDS = 0.25
 SYNCS_IN_FLIGHT = 4
 SYNC_SECONDS = 0.5
 ANSWER_SECONDS = 300.0
+SLOWEST_BYTES_PER_SECOND = 1 << 20
+"""A standby's disk that is slower, also in making zeroes, is taken for hung: then ANSWER_SECONDS count."""
 LAST_WORDS_SECONDS = 1.0
+SESSION_GONE = ("session_over", "sender_gone")
+"""Why a stream may not join any more, where the session has ended meanwhile."""
 _DIGEST_BYTES = {
     FrameType.HASHES: frames.HASH_DIGEST_BYTES,
     FrameType.DIGESTS: frames.EXTENT_DIGEST_BYTES,
@@ -73,8 +78,9 @@ class Session:
         rate: the ship rate, fed by the acknowledgements.
     """
 
-    def __init__(self, config: Config, record: Record, rate: ShipRate) -> None:
+    def __init__(self, config: Config, record: Record, rate: ShipRate, breqd_socket: Path) -> None:
         self.config = config
+        self._breqd_socket = breqd_socket
         self.record = record
         self.rate = rate
         self.epoch = 0
@@ -130,17 +136,17 @@ class Session:
         Raises:
             BmigrateError: nothing was opened; the reason names side, volume and host.
         """
-        session = cls(config, record, rate)
+        session = cls(config, record, rate, breqd_socket)
         try:
-            session._greet(generation, transport, breqd_socket)
-            session._begin(breqd_socket)
+            session._greet(generation, transport)
+            session._begin()
         except BaseException:
             session.close()
             raise
         return session
 
-    def _greet(self, generation: dict[str, Any], transport: Transport, breqd_socket: Path) -> None:
-        self._tracker = Tracker(breqd_socket, self.config.workload)
+    def _greet(self, generation: dict[str, Any], transport: Transport) -> None:
+        self._tracker = Tracker(self._breqd_socket, self.config.workload)
         snapshot = self._tracker.status()
         self.incarnation = snapshot.incarnation
         for volume in self.config.volumes:
@@ -155,11 +161,26 @@ class Session:
         self.hash = welcome.hash
         self._silence_seconds = welcome.silence_seconds
         self._add_lane(first, welcome)
-        # All are started before the first is waited for: a connection takes a few round trips.
+        # All at once: a connection takes a few round trips, and who has joined must hear from us soon.
         others = [self._connect(transport) for _ in range(1, min(welcome.streams, self.config.streams))]
-        for link in others:
-            self._add_lane(link, handshake.join(link, greeting, welcome))
+        joining = [self._start("join", functools.partial(self._join, link, greeting, welcome)) for link in others]
+        for thread in joining:
+            thread.join()
+        self.check()
         self.standby_suspects = {item.name: item.suspect for item in welcome.volumes if item.suspect}
+
+    def _join(self, link: Link, greeting: hello.Hello, first: hello.Welcome) -> None:
+        try:
+            self._add_lane(link, handshake.join(link, greeting, first))
+        except BmigrateError as error:
+            if error.reason in SESSION_GONE:
+                # The first stream knows better why. To try again helps, which a refusal would deny.
+                self._heed_last_words()
+                error = UnreachableError(error.message, host=error.host, hint=error.hint, reason=error.reason)
+            self.fail(error)
+        except Exception as exc:
+            _log.exception("a stream of workload %s could not join", self.config.workload)
+            self.fail(DefectError(f"join: {exc!r}", reason="unexpected"))
 
     def _connect(self, transport: Transport) -> Link:
         stream = transport.open(self.config)
@@ -167,16 +188,17 @@ class Session:
         return Link(stream, self.config.peer.name)
 
     def _add_lane(self, link: Link, welcome: hello.Welcome) -> None:
-        lane = Lane(len(self.lanes), link, welcome.v, self._lost)
-        if welcome.compression:
-            lane.packer = Packer()
-        self.lanes.append(lane)
+        with self._cond:
+            lane = Lane(len(self.lanes), link, welcome.v, self._lost)
+            if welcome.compression:
+                lane.packer = Packer()
+            self.lanes.append(lane)
         # Now, not when all are there: it keeps this one alive while others take long to join.
         self._start(f"reader-{lane.number}", functools.partial(self._read_frames, lane))
 
-    def _begin(self, breqd_socket: Path) -> None:
+    def _begin(self) -> None:
         tracker = self.tracker
-        self._ack_tracker = Tracker(breqd_socket, self.config.workload)
+        self._ack_tracker = Tracker(self._breqd_socket, self.config.workload)
         if self._ack_tracker.status().incarnation != self.incarnation:
             raise tracker.restarted()
         known = tracker.status().suspects
@@ -192,10 +214,11 @@ class Session:
         if len(self.lanes) > 1:
             self._start("syncer", self._send_syncs)
 
-    def _start(self, name: str, body: Callable[[], None]) -> None:
+    def _start(self, name: str, body: Callable[[], None]) -> threading.Thread:
         thread = threading.Thread(target=body, name=f"{self.config.workload}-{name}", daemon=True)
         self._threads.append(thread)
         thread.start()
+        return thread
 
     # -- failure ---------------------------------------------------------------------------------
 
@@ -224,6 +247,11 @@ class Session:
         if self._failure is not None:
             raise self._failure
 
+    def _heed_last_words(self) -> None:
+        """Wait a moment for another thread to say why the session is over."""
+        with self._cond:
+            self._cond.wait_for(lambda: self._failure is not None, LAST_WORDS_SECONDS)
+
     def _lost(self) -> BmigrateError:
         """The write side saw the end of the stream: wait for the reader, which learns why."""
         deadline = time.monotonic() + 5.0
@@ -235,15 +263,26 @@ class Session:
         return self._failure
 
     def _wait(self, ready: Callable[[], bool], seconds: float, what: str) -> None:
-        """Wait, with the lock held, until ``ready``; the failure of the session wins."""
-        deadline = time.monotonic() + seconds
+        """Wait, with the lock held, until ``ready``; the failure of the session wins.
+
+        Raises:
+            UnreachableError: ``seconds`` have passed since anything was acknowledged or answered, and the time that a
+                slow standby needs for what is under way.
+        """
+        began, seen = time.monotonic(), self._progress()
         while not ready():
             self.check()
-            rest = deadline - time.monotonic()
-            if rest <= 0:
-                raise UnreachableError(f"no {what} within {seconds:.0f} s", host=self.config.peer.name, reason="silent")
-            self._cond.wait(min(rest, 1.0))
+            now, progress = time.monotonic(), self._progress()
+            if progress != seen:
+                began, seen = now, progress
+            limit = seconds + self._window.in_flight_total_bytes / SLOWEST_BYTES_PER_SECOND
+            if now - began > limit:
+                raise UnreachableError(f"no {what} within {limit:.0f} s", host=self.config.peer.name, reason="silent")
+            self._cond.wait(min(limit - (now - began), 1.0))
         self.check()
+
+    def _progress(self) -> tuple[int, int, int]:
+        return self._window.last_ack, self._window.in_flight_claims, len(self._expected)
 
     # -- sending: the caller's thread, and one more for each further stream ------------------------
 
@@ -386,11 +425,37 @@ class Session:
         with self._cond:
             return bool(self._expected or self._answers)
 
-    def answer(self) -> bytes:
-        """The payload of the answer to the oldest request."""
+    @property
+    def answered(self) -> bool:
+        """Whether an answer has come and was not taken."""
         with self._cond:
-            self._wait(lambda: bool(self._answers), ANSWER_SECONDS, "answer")
+            return bool(self._answers)
+
+    def answer(self) -> bytes:
+        """The payload of the answer to the oldest request; one that has come is given also when the session is over."""
+        with self._cond:
+            if not self._answers:
+                self._wait(lambda: bool(self._answers), ANSWER_SECONDS, "answer")
             return self._answers.popleft()
+
+    def distrust(self, volume: str, reason: str) -> None:
+        """Have breqd suspect a volume, whatever has become of this session.
+
+        When breqd cannot be told, the record says that nothing is known, and the next session suspects every volume.
+
+        Args:
+            reason: what was seen.
+        """
+        try:
+            try:
+                with self._asking:
+                    self.tracker.suspect(volume, reason)
+            except BmigrateError:
+                with contextlib.closing(Tracker(self._breqd_socket, self.config.workload)) as tracker:
+                    tracker.suspect(volume, reason)
+        except BmigrateError as error:
+            _log.error("volume %s: %s; breqd could not be told: %s", volume, reason, error)
+            self.record.distrust()
 
     def breqd(self, call: Callable[[Tracker], T]) -> T:
         """Ask breqd something; its loss ends the session."""
@@ -431,8 +496,7 @@ class Session:
             error = lane.link.stream.failure() if not self._closing else closed_by_peer(self.config.peer.name, "")
             if len(self.lanes) > 1:
                 # The end of one stream is the end of all: the one that began it may have said why.
-                with self._cond:
-                    self._cond.wait_for(lambda: self._failure is not None, LAST_WORDS_SECONDS)
+                self._heed_last_words()
             self.fail(error)
         except BmigrateError as error:
             self.fail(error)

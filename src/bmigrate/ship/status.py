@@ -9,13 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bmigrate.common.errors import BmigrateError, RefusedError
+from bmigrate.common.errors import BmigrateError, RefusedError, UnreachableError
 from bmigrate.ship import gentle, verdict
 from bmigrate.ship.jobs import Job
 from bmigrate.ship.window import Claim
 
 if TYPE_CHECKING:
     from bmigrate.ship.engine import Engine
+
+
+NO_BREQD = UnreachableError("breqd does not answer", hint="see: systemctl status breqd", reason="breqd_unreachable")
 
 
 @dataclass
@@ -39,13 +42,15 @@ def state(engine: Engine) -> tuple[str, str | None]:
     now, snapshot, session, problem = engine.wanted(), engine.snapshot, engine.session, engine.last_error
     suspects: dict[str, str] = {}
     if session is not None:
+        # As good as over: it has failed and nobody has noticed yet, or breqd does not say what is dirty.
+        problem = session.failure or (NO_BREQD if snapshot is None else problem)
         suspects.update(session.standby_suspects)
     if snapshot is not None:
         suspects.update(snapshot.suspects)
     facts = verdict.Facts(
         wanted="ship" if now.what == "sealed" else now.what,
         wanted_reason=now.reason,
-        connected=session is not None,
+        connected=session is not None and session.failure is None and snapshot is not None,
         problem=str(problem) if problem is not None else None,
         activity=engine.activity,
         sealed=now.what == "sealed",

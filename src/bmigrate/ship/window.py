@@ -66,12 +66,14 @@ class Window:
     _last_sync: int = 0
     last_ack: int = 0
     in_flight_bytes: int = 0
+    in_flight_total_bytes: int = 0
     in_flight_claims: int = 0
 
     def sent(self, claim: Claim) -> None:
         """All frames of the claim were written to the stream."""
         self._unsynced.append(claim)
         self.in_flight_bytes += claim.weight_bytes
+        self.in_flight_total_bytes += claim.total_bytes
         self.in_flight_claims += 1
 
     @property
@@ -126,4 +128,5 @@ class Window:
     def released(self, claim: Claim) -> None:
         """breqd has taken the acknowledgement of the claim."""
         self.in_flight_bytes -= claim.weight_bytes
+        self.in_flight_total_bytes -= claim.total_bytes
         self.in_flight_claims -= 1
