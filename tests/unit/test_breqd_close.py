@@ -229,6 +229,19 @@ def test_a_write_while_closing_withdraws_the_flag(host: Host, hold: Hold) -> Non
     assert not flag_of(host, "a").exists() and host.volume("a")["attached"]
 
 
+@pytest.mark.parametrize("point", ["breqd.bitmap_sync", "breqd.clean_flag"])
+def test_a_kill_in_a_close_leaves_no_flag(host: Host, hold: Hold, point: str) -> None:
+    """And the next boot believes nothing."""
+    host.kill()
+    host.start(f"{point}=kill")
+    with pytest.raises(BmigrateError):
+        host.call("clean_close", workload="w", volume="a")
+    assert not flag_of(host, "a").exists()
+    host.power_cycle()
+    host.start()
+    assert host.volume("a")["suspect"] is not None and host.volume("b")["suspect"] is not None
+
+
 def _full_from_now_on(host: Host, attempts: int) -> None:
     """The disk takes so many records no more, counted from the moment when each volume is taken over."""
     host.kill()
