@@ -112,21 +112,26 @@ class Record:
     def acked(self, number: int) -> None:
         """SYNC ``number`` of the session was acknowledged; call before breqd clears anything."""
         assert self.session is not None
-        self.ack = number
-        raw = struct.pack("<QQ", int(self.session["epoch"]), number)
-        if self._fd is None:
-            self._fd = os.open(self.ack_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.pwrite(self._fd, _ACK.pack(int(self.session["epoch"]), number, zlib.crc32(raw)), 0)
+        with self._lock:
+            self.ack = number
+            if self.damaged:
+                return  # what is distrusted stays so until a session has begun, whoever acknowledges meanwhile
+            raw = struct.pack("<QQ", int(self.session["epoch"]), number)
+            self._put(_ACK.pack(int(self.session["epoch"]), number, zlib.crc32(raw)))
 
     def distrust(self) -> None:
         """Nothing that was acknowledged is believed any more: the next session begins as with a damaged number.
 
-        Also the next one of another process: what is in ship.ack then is no number.
+        Also the next one of another process: what is in ship.ack then is no number. From any thread.
         """
-        self.damaged = True
+        with self._lock:
+            self.damaged = True
+            self._put(b"\xff" * _ACK.size)
+
+    def _put(self, content: bytes) -> None:
         if self._fd is None:
             self._fd = os.open(self.ack_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.pwrite(self._fd, b"\xff" * _ACK.size, 0)
+        os.pwrite(self._fd, content, 0)
 
     def close(self) -> None:
         """Close the file of the number."""
