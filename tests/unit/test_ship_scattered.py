@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bmigrate.ship.engine import Engine
 from bmigrate.ship.pacer import Pacer
 from bmigrate.ship.source import SourceVolume
 from tests.unit.ship_world import GRANULE, World
@@ -92,21 +93,25 @@ def test_the_foreground_has_one_read_beside_it(world: World, monkeypatch: pytest
     world.check_equal()
 
 
-@pytest.mark.parametrize("which", [2, 40, 200])
-def test_a_receiver_that_dies_among_them_loses_nothing(
-    world: World, monkeypatch: pytest.MonkeyPatch, which: int
-) -> None:
-    """Killed in a thread that writes, others being in the middle of theirs."""
+def _ends_a_session(world: World, plan: str) -> Engine:
+    """Ship scattered blocks to a receiver with this plan, until a session after its own has begun."""
     engine = world.engine()
     world.until(engine, "in_step")
     epoch = (engine.record.session or {})["epoch"]
-    world.receiver_faults(f"{SLOW},receive.write=kill@{which}")
+    world.receiver_faults(f"{SLOW},{plan}")
     engine.reconnect()
     wait(lambda: (engine.record.session or {})["epoch"] > epoch and engine.session is not None, "a session")
     _scatter(world)
     world.breqd.consume()
     wait(lambda: (engine.record.session or {})["epoch"] > epoch + 1, "the next session")
     world.check_invariant()
+    return engine
+
+
+@pytest.mark.parametrize("which", [2, 40, 200])
+def test_a_receiver_that_dies_among_them_loses_nothing(world: World, which: int) -> None:
+    """Killed in a thread that writes, others being in the middle of theirs."""
+    engine = _ends_a_session(world, f"receive.write=kill@{which}")
     world.drain(engine)
     world.check_equal()
     world.no_help()
@@ -114,14 +119,6 @@ def test_a_receiver_that_dies_among_them_loses_nothing(
 
 def test_a_write_that_fails_among_them_ends_the_session(world: World) -> None:
     """And what had been claimed is shipped by the next one."""
-    engine = world.engine()
-    world.until(engine, "in_step")
-    epoch = (engine.record.session or {})["epoch"]
-    world.receiver_faults(f"{SLOW},receive.write=error:5@100")
-    engine.reconnect()
-    _scatter(world)
-    world.breqd.consume()
-    wait(lambda: (engine.record.session or {})["epoch"] > epoch + 1, "the next session")
-    world.check_invariant()
+    engine = _ends_a_session(world, "receive.write=error:5@100")
     world.drain(engine)
     world.check_equal()
