@@ -49,6 +49,12 @@ def test_rows_of_compression_and_streams() -> None:
     assert "loopback" in rows[1].what and "20 ms" in rows[4].what
 
 
+def test_rows_of_scattered_blocks() -> None:
+    rate, ratio = everything._scattered({"ratios": [0.9, 0.8], "bytes_per_second": [1 << 20] * 2}, "c")
+    assert rate.values == [1.0, 1.0] and rate.holds is None
+    assert ratio.holds is False, "threads that make it slower were said to help"
+
+
 def test_memory_beside_the_maps_has_a_row() -> None:
     rates = {"records_per_second": [6e6], "blocks_per_second": [1e8], "share_of_core": [0.01]}
     cases = dict.fromkeys(("uniform", "mix", "share_1", "share_256"), rates)

@@ -152,6 +152,17 @@ def test_a_device_that_does_not_fit_blocks(monkeypatch: pytest.MonkeyPatch) -> N
         assert reason in blockers(preflight_facts("primary"), peer, monkeypatch)
 
 
+@pytest.mark.parametrize("size, blocks", [(4096, False), (16384, True)])
+def test_blocks_that_are_larger_than_is_told_apart_block(
+    monkeypatch: pytest.MonkeyPatch, size: int, blocks: bool
+) -> None:
+    """Also where both sides have them."""
+    mine, peer = preflight_facts("primary"), preflight_facts("standby")
+    for facts_ in (mine, peer):
+        facts_["volumes"]["data"] = {**facts_["volumes"]["data"], "logical_block_size": size}
+    assert ("logical_block_size" in blockers(mine, peer, monkeypatch)) is blocks
+
+
 def test_the_predicted_downtime_is_drain_plus_what_the_last_handover_took() -> None:
     def record(*steps: str) -> dict[str, Any]:
         return {"last_handover": {"run_id": "r0", "results": {step: {"seconds": 1.0} for step in steps}}}
