@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import Lab, wait
-from tests.ansible.playbooks import ROOT, TOOLS, environment
+from tests.ansible.playbooks import LIMIT_SECONDS, ROOT, TOOLS, environment
 
 
 def descendants(pid: int) -> list[int]:
@@ -58,7 +58,7 @@ class Controller:
         """What it has printed."""
         return self.log.read_text(errors="replace")
 
-    def wait_for_task(self, task: str, limit_seconds: float = 300.0) -> None:
+    def wait_for_task(self, task: str, limit_seconds: float = LIMIT_SECONDS) -> None:
         """Wait until a task has begun.
 
         Raises:
@@ -82,6 +82,6 @@ class Controller:
                 continue
         self.process.wait(60)
 
-    def finish(self, limit_seconds: float = 900.0) -> int:
+    def finish(self, limit_seconds: float = LIMIT_SECONDS) -> int:
         """Wait for its end; returns its exit code."""
         return self.process.wait(limit_seconds)

@@ -25,9 +25,9 @@ from lab import Lab, LabError, wait
 from lab.disks import disk_by_number
 from tests.ansible.controller import Controller
 from tests.ansible.mounts import MountWatch
-from tests.ansible.playbooks import install_once, play
+from tests.ansible.playbooks import LIMIT_SECONDS, install_once, play
 
-pytestmark = [pytest.mark.ansible, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ansible, pytest.mark.timeout(3000)]
 
 WORKLOAD = "pgdemo"
 MAX_DOWNTIME_SECONDS = 120
@@ -91,7 +91,12 @@ class Service:
         controller.wait_for_task(task)
         if phase in SECOND:
             look = f'grep -Eqs \'"phase": "({SECOND[phase]})"\' /var/lib/bmigrate/{WORKLOAD}/state.json'
-            wait(lambda: self.lab.ssh(host, look, check=False).returncode == 0, 300, f"phase {SECOND[phase]}", 0.1)
+            wait(
+                lambda: self.lab.ssh(host, look, check=False).returncode == 0,
+                LIMIT_SECONDS,
+                f"phase {SECOND[phase]}",
+                0.1,
+            )
 
     def other(self, host: str) -> str:
         """The peer of a host."""
@@ -155,7 +160,7 @@ class Service:
         controller.kill()
         # What it had asked for goes on without it, to the end of the step.
         for name in self.lab.vms:
-            wait(lambda name=name: not self.is_stepping(name), 300, f"{name} to end its step", 0.5)  # type: ignore[misc]
+            wait(lambda name=name: not self.is_stepping(name), LIMIT_SECONDS, f"{name} to end its step", 0.5)  # type: ignore[misc]
 
     def is_stepping(self, host: str) -> bool:
         """Whether a module of Ansible's, or a step, is running on a host (the shell that asks is neither)."""
@@ -205,11 +210,11 @@ def test_a_controller_killed_before_the_commit_and_again_from_it_on(
         task = BEFORE_COMMIT[before]
         if before == "quiesce":
             controller.wait_for_task(task)
-            wait(lambda: bool(ledger.outages(client.events())), 120, "the client to be refused", 0.05)
+            wait(lambda: bool(ledger.outages(client.events())), LIMIT_SECONDS, "the client to be refused", 0.05)
             controller.kill()
         else:
             service.kill_in(controller, task, before, source)
-        client.wait_for_commits(20, limit_seconds=MAX_DOWNTIME_SECONDS + 240)
+        client.wait_for_commits(20, limit_seconds=MAX_DOWNTIME_SECONDS + LIMIT_SECONDS)
         assert service.primary() == source
         outages = service.judge(client)
     downtimes = [outage.downtime_seconds for outage in outages]
@@ -220,7 +225,7 @@ def test_a_controller_killed_before_the_commit_and_again_from_it_on(
         controller = service.failover(tmp_path / "second.log")
         service.kill_in(controller, FROM_COMMIT[after], after, service.other(source))
         if service.role(source) == "primary":  # dead before it could ask for the commit
-            client.wait_for_commits(20, limit_seconds=MAX_DOWNTIME_SECONDS + 240)
+            client.wait_for_commits(20, limit_seconds=MAX_DOWNTIME_SECONDS + LIMIT_SECONDS)
         service.finish_the_handover(source, tmp_path / "third.log")
         client.wait_for_commits(20)
         service.judge(client)
@@ -235,7 +240,7 @@ def test_a_target_that_dies_in_quiesce_costs_a_short_outage_and_nothing_else(ser
         controller.wait_for_task(BEFORE_COMMIT["quiesce"])
         service.lab.kill(target)
         assert controller.finish() != 0, controller.output()[-4000:]
-        client.wait_for_commits(20, limit_seconds=MAX_DOWNTIME_SECONDS + 240)
+        client.wait_for_commits(20, limit_seconds=MAX_DOWNTIME_SECONDS + LIMIT_SECONDS)
         assert service.role(source) == "primary"
         service.lab.start(target)
         service.watch.start(target)
@@ -251,7 +256,7 @@ def test_a_drain_that_is_killed_puts_the_service_back(service: Service, tmp_path
         controller = service.failover(tmp_path / "failover.log")
         assert controller.finish() != 0
         assert "was undone before its commit" in controller.output(), controller.output()[-4000:]
-        client.wait_for_commits(20, limit_seconds=MAX_DOWNTIME_SECONDS + 240)
+        client.wait_for_commits(20, limit_seconds=MAX_DOWNTIME_SECONDS + LIMIT_SECONDS)
         assert service.primary() == source
         (outage,) = service.judge(client)
         assert outage.downtime_seconds is not None and outage.downtime_seconds <= MAX_DOWNTIME_SECONDS
@@ -267,7 +272,7 @@ def test_a_digest_that_does_not_match_is_found_before_the_commit(service: Servic
         client.wait_for_commits(20)
         controller = service.failover(tmp_path / "failover.log")
         service.wait_for_phase(controller, BEFORE_COMMIT["drain"], "drain", source)
-        wait(lambda: _draining(service, source), 120, "the drain to begin", 0.1)
+        wait(lambda: _draining(service, source), LIMIT_SECONDS, "the drain to begin", 0.1)
         # Nothing may be left for the drain. Block 0 is, when it is marked in the first of the delays; what is
         # flipped in the second one, after it was shipped, is in its first KiB, which is not ext4's.
         service.lab.ssh(source, "python3 -", input_text=MARK)
@@ -275,7 +280,7 @@ def test_a_digest_that_does_not_match_is_found_before_the_commit(service: Servic
         service.lab.ssh(target, f"for i in $(seq 20); do {flip}; sleep 1; done")
         assert controller.finish() != 0, controller.output()[-4000:]
         assert "read back something else" in controller.output(), controller.output()[-4000:]
-        client.wait_for_commits(20, limit_seconds=MAX_DOWNTIME_SECONDS + 240)
+        client.wait_for_commits(20, limit_seconds=MAX_DOWNTIME_SECONDS + LIMIT_SECONDS)
         assert service.primary() == source
         service.judge(client)
         service.wait_in_step()  # before the shipper is restarted, which would begin the comparison anew
@@ -311,7 +316,7 @@ class fault:
             status = self.lab.ssh(self.host, f"bmigrate sync --workload {WORKLOAD} --json", check=False, timeout=180)
             return status.returncode == 0
 
-        wait(in_step, 300, f"{self.host} to ship again after {time.monotonic() - began:.0f} s", 1.0)
+        wait(in_step, LIMIT_SECONDS, f"{self.host} to ship again after {time.monotonic() - began:.0f} s", 1.0)
 
     def __enter__(self) -> None:
         self._set(f"[Service]\\nEnvironment=BMIGRATE_FAULTS={self.plan}\\n")

@@ -18,7 +18,7 @@ import yaml
 from lab import Lab, wait
 from lab.disks import disk_by_number
 from tests.ansible.playbooks import ROOT, bare_guests, play
-from tests.vm.rig import install
+from tests.vm.rig import install, modules
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(1500)]
 
@@ -120,7 +120,7 @@ def deployed(lab: Lab) -> Iterator[Deployed]:
     lab.ssh("alpha", f"mkfs.ext4 -qF {LV} && mount {LV} {MOUNT} && : > {MOUNT}/journal", timeout=120)
     # It runs before bmigrate knows of it; afterwards it may only be started where the host has the role for it.
     lab.ssh("alpha", "systemctl daemon-reload; systemctl start lvdemo.service")
-    run = play(lab, "install.yml", **inventory())
+    run = play(lab, "install.yml", **modules(lab), **inventory())
     assert run.returncode == 0, run.output[-6000:]
     yield Deployed(lab)
 
