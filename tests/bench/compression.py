@@ -9,17 +9,16 @@ over the rate without it in the same round.
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bmigrate.wire import packing
+from tests.bench import command
 from tests.bench.figures import spread
 from tests.bench.shipping import MIB, Bench
 
@@ -61,34 +60,26 @@ def measure(directory: Path, size: int, limited_size: int, rounds: int) -> dict[
     }
 
 
+def _lines(result: dict[str, Any]) -> Iterator[str]:
+    for found in result.values():
+        limit = found["limit_bytes_per_second"]
+        yield f"{found['kind']}, {f'limit {limit / MIB:.0f} MiB/s' if limit else 'no limit'}:"
+        for name, rates in found["bytes_per_second"].items():
+            yield f"  {name}: {' '.join(f'{rate / MIB:.0f}' for rate in rates)} MiB/s"
+        yield f"  zstd / none: {spread(found['ratios'])}"
+
+
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python3 -m tests.bench.compression", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="with and without (%(default)s)")
-    parser.add_argument("--mib", type=int, default=1024, help="random data, in MiB (%(default)s)")
+    parser = command.parser("compression", __doc__, rounds=5, mib=1024, of="with and without")
     parser.add_argument("--limited-mib", type=int, default=192, help="text under the limit, in MiB (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args()
-    if arguments.rounds < 2:
-        parser.error("at least 2 rounds")
+    arguments = command.parse(parser)
     if not packing.available():
         # Both sides would ship plainly, and the ratios be those of nothing to itself.
         parser.error("python3-zstandard is not installed here")
-    directory = Path(tempfile.mkdtemp(prefix="bmigrate-bench-", dir="/dev/shm"))
-    try:
+    with command.scratch() as directory:
         result = measure(directory, arguments.mib * MIB, arguments.limited_mib * MIB, arguments.rounds)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-    if arguments.json:
-        print(json.dumps(result))
-        return 0
-    for found in result.values():
-        limit = found["limit_bytes_per_second"]
-        print(f"{found['kind']}, {f'limit {limit / MIB:.0f} MiB/s' if limit else 'no limit'}:")
-        for name, rates in found["bytes_per_second"].items():
-            print(f"  {name}: {' '.join(f'{rate / MIB:.0f}' for rate in rates)} MiB/s")
-        print(f"  zstd / none: {spread(found['ratios'])}")
-    return 0
+    return command.tell(arguments.json, result, _lines(result))
 
 
 if __name__ == "__main__":

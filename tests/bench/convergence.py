@@ -9,16 +9,13 @@ walk has come to it is shipped once in that pass, not again in the next; that wa
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import os
 import random
-import shutil
 import sys
-import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ import pytest
 
 from bmigrate.common import paths, rpc
 from lab.waiting import wait
+from tests.bench import command
 from tests.bench.shipping import MIB, Bench
 
 RATIOS = (0.25, 0.5, 0.75)
@@ -153,26 +151,9 @@ def one(directory: Path, size: int, ratio: float, limit_seconds: float) -> dict[
     }
 
 
-def main() -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python3 -m tests.bench.convergence", description=__doc__)
-    parser.add_argument("--mib", type=int, default=128, help="size of the volume in MiB (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=1, help="runs of each ratio (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON array, with the curves")
-    arguments = parser.parse_args()
-    rows = []
-    for _ in range(arguments.rounds):
-        for ratio in RATIOS:
-            directory = Path(tempfile.mkdtemp(prefix="bmigrate-bench-", dir="/dev/shm"))
-            try:
-                rows.append(one(directory, arguments.mib * MIB, ratio, 600.0))
-            finally:
-                shutil.rmtree(directory, ignore_errors=True)
-    if arguments.json:
-        print(json.dumps(rows))
-        return 0
+def _lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
-        print(
+        yield (
             f"write rate {row['ratio_wanted']:.2f} of the limit, {row['ratio']:.2f} of what was shipped: "
             f"{row['passes']} passes in {row['seconds']:.1f} s shipped {row['shipped_volumes']:.2f} volumes "
             f"(model {row['model_volumes']:.2f}, walk {row['walk_volumes']:.2f}), "
@@ -180,7 +161,17 @@ def main() -> int:
             f"(model {row['model_residual_bytes'] / MIB:.1f}, walk {row['walk_residual_bytes'] / MIB:.1f}), "
             f"drained in {row['drain_seconds']:.2f} s"
         )
-    return 0
+
+
+def main() -> int:
+    """Command line."""
+    arguments = command.parse(command.parser("convergence", __doc__, rounds=1, mib=128, of="runs of each ratio"), 1)
+    rows = []
+    for _ in range(arguments.rounds):
+        for ratio in RATIOS:
+            with command.scratch() as directory:
+                rows.append(one(directory, arguments.mib * MIB, ratio, 600.0))
+    return command.tell(arguments.json, rows, _lines(rows))
 
 
 if __name__ == "__main__":

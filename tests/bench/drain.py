@@ -9,19 +9,18 @@ The proof that follows, every piece read back from the standby's device, is part
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import shutil
 import statistics
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bmigrate.common import paths, rpc
 from lab.waiting import wait
+from tests.bench import command
 from tests.bench.shipping import MIB, Bench
 
 LEFT_MIB = (0, 1, 16, 64)
@@ -76,33 +75,23 @@ def measure(directory: Path, rounds: int) -> list[dict[str, object]]:
     ]
 
 
+def _lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        durable, bound = row["durable_seconds"], row["bound_seconds"]
+        middle = statistics.median(durable)
+        yield (
+            f"{row['left_bytes'] >> 20:3} MiB left: durable after median {middle:.3f} s "
+            f"({min(durable):.3f} to {max(durable):.3f}), {middle / bound:.2f} of the bound of {bound:.3f} s; "
+            f"proved after median {statistics.median(row['proved_seconds']):.3f} s"
+        )
+
+
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python3 -m tests.bench.drain", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="drains of each amount (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON array")
-    arguments = parser.parse_args()
-    if arguments.rounds < 2:
-        parser.error("at least 2 rounds")
-    directory = Path(tempfile.mkdtemp(prefix="bmigrate-bench-", dir="/dev/shm"))
-    try:
+    arguments = command.parse(command.parser("drain", __doc__, rounds=7, of="drains of each amount"))
+    with command.scratch() as directory:
         rows = measure(directory, arguments.rounds)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-    if arguments.json:
-        print(json.dumps(rows))
-        return 0
-    for row in rows:
-        durable: list[float] = row["durable_seconds"]  # type: ignore[assignment]
-        proved: list[float] = row["proved_seconds"]  # type: ignore[assignment]
-        bound: float = row["bound_seconds"]  # type: ignore[assignment]
-        middle = statistics.median(durable)
-        print(
-            f"{int(row['left_bytes']) >> 20:3} MiB left: durable after median {middle:.3f} s "  # type: ignore[call-overload]
-            f"({min(durable):.3f} to {max(durable):.3f}), {middle / bound:.2f} of the bound of {bound:.3f} s; "
-            f"proved after median {statistics.median(proved):.3f} s"
-        )
-    return 0
+    return command.tell(arguments.json, rows, _lines(rows))
 
 
 if __name__ == "__main__":

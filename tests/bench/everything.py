@@ -221,7 +221,7 @@ BENCHMARKS = (
     Benchmark(
         "shipping-paramiko",
         "tests.bench.shipping",
-        ("--mib", "512", "--pairs", "3", "--extra", "transport: paramiko"),
+        ("--mib", "512", "--rounds", "3", "--extra", "transport: paramiko"),
         _shipping("seed of random data, transport paramiko", None),
     ),
     Benchmark("compression", "tests.bench.compression", (), _compression),

@@ -9,14 +9,15 @@ with the throttle off, a few drains for their barriers: here they go through the
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from lab import Lab, qemu
+from tests.bench import command
 from tests.bench.figures import spread
 from tests.vm.rig import BLOCK, DISK, WORKLOAD, Rig
 
@@ -125,15 +126,20 @@ def measure(rig: Rig, rounds: int, seconds: int) -> dict[str, Any]:
     }
 
 
+def _lines(result: dict[str, Any]) -> Iterator[str]:
+    yield f"foreground beside the seed / alone: {spread(result['foreground_ratios'])}"
+    yield f"seed / what the foreground leaves of the disk: {spread(result['seed_shares'])}"
+    yield f"mean time of a write beside the seed / alone: {spread(result['latency_ratios'])}"
+    yield f"99 % of the writes done, beside the seed / alone: {spread(result['p99_ratios'])}"
+    yield f"scheduler: {result['scheduler']}"
+    yield f"barriers of a drain: {' '.join(f'{1000 * value:.0f}' for value in result['barrier_seconds'])} ms"
+
+
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python3 -m tests.bench.pacing", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="of each kind (%(default)s)")
+    parser = command.parser("pacing", __doc__, rounds=5, of="of each kind")
     parser.add_argument("--seconds", type=int, default=20, help="of each round (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args()
-    if arguments.rounds < 2:
-        parser.error("at least 2 rounds")
+    arguments = command.parse(parser)
     keep = os.environ.get("BMIGRATE_LAB_KEEP") == "1"
     lab = Lab(os.environ.setdefault("BMIGRATE_LAB", "bench-pacing"))
     if not keep:
@@ -150,16 +156,7 @@ def main() -> int:
         rig.close()
         if not keep:
             lab.down()
-    if arguments.json:
-        print(json.dumps(result))
-        return 0
-    print(f"foreground beside the seed / alone: {spread(result['foreground_ratios'])}")
-    print(f"seed / what the foreground leaves of the disk: {spread(result['seed_shares'])}")
-    print(f"mean time of a write beside the seed / alone: {spread(result['latency_ratios'])}")
-    print(f"99 % of the writes done, beside the seed / alone: {spread(result['p99_ratios'])}")
-    print(f"scheduler: {result['scheduler']}")
-    print(f"barriers of a drain: {' '.join(f'{1000 * value:.0f}' for value in result['barrier_seconds'])} ms")
-    return 0
+    return command.tell(arguments.json, result, _lines(result))
 
 
 if __name__ == "__main__":

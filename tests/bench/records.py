@@ -9,7 +9,6 @@ requests a second would take with 1 and with 256 volumes, and the memory beside 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import os
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from bmigrate.breqd.records import RECORD
 from bmigrate.breqd.tracker import Tracker
 from bmigrate.kernel import abi
 from bmigrate.kernel.channel import Channel, ChannelInfo
+from tests.bench import command
 
 TIB = 1 << 40
 GRANULE = 4096
@@ -214,39 +214,35 @@ def memory_alone() -> dict[str, int]:
     return found
 
 
-def main() -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python3 -m tests.bench.records", description=__doc__)
-    parser.add_argument("--records", type=int, default=4 << 20, help="records in a round (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each side (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args()
-    if arguments.rounds < 2:
-        parser.error("at least 2 rounds")
-    cases = measure(arguments.records, arguments.rounds)
-    used = memory_alone()
-    wide = [amplification(size * TIB, 1 << 18) for size in (1, 4)]
-    if arguments.json:
-        print(json.dumps({"cases": cases, "memory": used, "amplification": wide}))
-        return 0
-
+def _lines(cases: dict[str, Any], wide: list[dict[str, float]], used: dict[str, int]) -> Iterator[str]:
     def line(values: list[float], digits: int) -> str:
         return (
             f"median {statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
         )
 
-    print(f"NumPy {np.__version__}")
-    print(f"one block each, 1 TiB: {line(cases['uniform']['records_per_second'], 0)} records/s")
-    print(f"  bare read() / that:  {line(cases['uniform']['bare_over_marked'], 3)} of its time")
-    print(f"1 block to 1 MiB:      {line(cases['mix']['blocks_per_second'], 0)} blocks/s,")
-    print(f"                       {line(cases['mix']['records_per_second'], 0)} records/s")
+    yield f"NumPy {np.__version__}"
+    yield f"one block each, 1 TiB: {line(cases['uniform']['records_per_second'], 0)} records/s"
+    yield f"  bare read() / that:  {line(cases['uniform']['bare_over_marked'], 3)} of its time"
+    yield f"1 block to 1 MiB:      {line(cases['mix']['blocks_per_second'], 0)} blocks/s,"
+    yield f"                       {line(cases['mix']['records_per_second'], 0)} records/s"
     for volumes in (1, 256):
         shares = [100 * value for value in cases[f"share_{volumes}"]["share_of_core"]]
-        print(f"{REQUESTS_PER_SECOND:,} requests/s, {volumes:3} volumes: {line(shares, 2)} % of a core")
+        yield f"{REQUESTS_PER_SECOND:,} requests/s, {volumes:3} volumes: {line(shares, 2)} % of a core"
     for item in wide:
-        print(f"{int(item['size_bytes']) >> 40} TiB: shipped / written {item['shipped_over_written']:.3f}")
-    print(f"memory: {used['resident_bytes'] >> 20} MiB resident, {used['maps_bytes'] >> 20} MiB of it maps of 1 TiB")
-    return 0
+        yield f"{int(item['size_bytes']) >> 40} TiB: shipped / written {item['shipped_over_written']:.3f}"
+    yield f"memory: {used['resident_bytes'] >> 20} MiB resident, {used['maps_bytes'] >> 20} MiB of it maps of 1 TiB"
+
+
+def main() -> int:
+    """Command line."""
+    parser = command.parser("records", __doc__, rounds=5, of="of each side")
+    parser.add_argument("--records", type=int, default=4 << 20, help="records in a round (%(default)s)")
+    arguments = command.parse(parser)
+    cases = measure(arguments.records, arguments.rounds)
+    used = memory_alone()
+    wide = [amplification(size * TIB, 1 << 18) for size in (1, 4)]
+    result = {"cases": cases, "memory": used, "amplification": wide}
+    return command.tell(arguments.json, result, _lines(cases, wide, used))
 
 
 if __name__ == "__main__":

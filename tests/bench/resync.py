@@ -22,14 +22,11 @@ In three places, because each shows something else:
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
-import shutil
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +35,13 @@ import pytest
 from bmigrate.common import blockdev, paths, rpc
 from bmigrate.wire import hashing
 from lab.waiting import wait
+from tests.bench import command
 from tests.bench.figures import spread
 from tests.bench.readlimit import ReadLimit
 from tests.bench.shipping import MIB, Bench
 
 GRANULE = 4096
-PLACES = {"limited": "/var/tmp", "disk": "/var/tmp", "memory": "/dev/shm"}
+PLACES = {"limited": "/var/tmp", "disk": "/var/tmp", "memory": command.MEMORY}
 LIMIT_BYTES_PER_SECOND = 160 * MIB
 SIZES_MIB = {"limited": 512, "disk": 1024, "memory": 2048}
 BOUNDS = {
@@ -190,39 +188,32 @@ def _measure(directory: Path, size: int, rounds: int, force: str, limits: list[R
     return {"hash": name, "size_bytes": size, "bytes_per_second": found, "ratios": ratios}
 
 
+def _lines(result: dict[str, Any]) -> Iterator[str]:
+    for place, found in result.items():
+        yield f"{place}, compared by {found['hash']}:"
+        for name, rates in found["bytes_per_second"].items():
+            yield f"  {name}: {' '.join(f'{rate / MIB:.0f}' for rate in rates)} MiB/s"
+        for bound, measured in found["ratios"].items():
+            for name, ratios in measured.items():
+                yield f"  {name} / {' or '.join(BOUNDS[bound])}: {spread(ratios)}"
+
+
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python3 -m tests.bench.resync", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="of everything (%(default)s)")
+    parser = command.parser("resync", __doc__, rounds=5, of="of everything")
     parser.add_argument("--mib", type=int, help=f"size of the volume in MiB ({SIZES_MIB})")
     parser.add_argument("--place", choices=sorted(PLACES), action="append", help="only this one; may be repeated")
     parser.add_argument("--disk", help="directory on the disk to measure on (%(default)s)", default=PLACES["disk"])
     parser.add_argument("--hash", choices=hashing.NAMES, default="", help="compare by this one (the faster one)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args()
-    if arguments.rounds < 2:
-        parser.error("at least 2 rounds")
+    arguments = command.parse(parser)
     result = {}
     for place, root in {**PLACES, "disk": arguments.disk, "limited": arguments.disk}.items():
         if arguments.place and place not in arguments.place:
             continue
-        directory = Path(tempfile.mkdtemp(prefix="bmigrate-bench-", dir=root))
-        try:
+        with command.scratch(root) as directory:
             size = (arguments.mib or SIZES_MIB[place]) * MIB
             result[place] = measure(directory, size, arguments.rounds, arguments.hash, place == "limited")
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-    if arguments.json:
-        print(json.dumps(result))
-        return 0
-    for place, found in result.items():
-        print(f"{place}, compared by {found['hash']}:")
-        for name, rates in found["bytes_per_second"].items():
-            print(f"  {name}: {' '.join(f'{rate / MIB:.0f}' for rate in rates)} MiB/s")
-        for bound, measured in found["ratios"].items():
-            for name, ratios in measured.items():
-                print(f"  {name} / {' or '.join(BOUNDS[bound])}: {spread(ratios)}")
-    return 0
+    return command.tell(arguments.json, result, _lines(result))
 
 
 if __name__ == "__main__":

@@ -9,17 +9,15 @@ replica byte by byte. Both ends have the same disk here.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import shutil
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.bench import command
 from tests.bench.figures import spread
 from tests.bench.shipping import MIB, Bench
 
@@ -69,28 +67,20 @@ def measure(directory: Path, size: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def _lines(result: dict[str, Any]) -> Iterator[str]:
+    for name in ("bytes_per_second", "one_at_a_time_bytes_per_second"):
+        yield f"{name}: {' '.join(f'{rate / MIB:.1f}' for rate in result[name])} MiB/s"
+    yield f"several at a time / one at a time: {spread(result['ratios'])}"
+
+
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python3 -m tests.bench.scattered", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="of each (%(default)s)")
-    parser.add_argument("--mib", type=int, default=1024, help="size of the volume in MiB (%(default)s)")
+    parser = command.parser("scattered", __doc__, rounds=5, mib=1024)
     parser.add_argument("--disk", help="directory on the disk to measure on (%(default)s)", default="/var/tmp")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args()
-    if arguments.rounds < 2:
-        parser.error("at least 2 rounds")
-    directory = Path(tempfile.mkdtemp(prefix="bmigrate-bench-", dir=arguments.disk))
-    try:
+    arguments = command.parse(parser)
+    with command.scratch(arguments.disk) as directory:
         result = measure(directory, arguments.mib * MIB, arguments.rounds)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-    if arguments.json:
-        print(json.dumps(result))
-        return 0
-    for name in ("bytes_per_second", "one_at_a_time_bytes_per_second"):
-        print(f"{name}: {' '.join(f'{rate / MIB:.1f}' for rate in result[name])} MiB/s")
-    print(f"several at a time / one at a time: {spread(result['ratios'])}")
-    return 0
+    return command.tell(arguments.json, result, _lines(result))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,11 @@ the last byte flushed. In alternating rounds; a ratio is the bare time over the 
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from bmigrate.common import paths, rpc
 from bmigrate.common.errors import BmigrateError
 from lab.waiting import wait
 from tests import sshd
+from tests.bench import command
 from tests.bench.figures import spread
 from tests.unit.ship_world import World
 from tests.unit.standby_host import EDGE
@@ -223,30 +221,21 @@ def measure(directory: Path, size: int, kind: str, pairs: int, extra: str = "") 
     }
 
 
+def _lines(result: dict[str, Any]) -> Iterator[str]:
+    for name in ("shipped", "bare"):
+        yield f"{name}: {' '.join(f'{rate / MIB:.0f}' for rate in result[f'{name}_bytes_per_second'])} MiB/s"
+    yield f"shipped / bare: {spread(result['ratios'])}"
+
+
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python3 -m tests.bench.shipping", description=__doc__)
-    parser.add_argument("--pairs", type=int, default=5, help="rounds of each side (%(default)s)")
-    parser.add_argument("--mib", type=int, default=2048, help="size of the volume in MiB (%(default)s)")
+    parser = command.parser("shipping", __doc__, rounds=5, mib=2048, of="of each side")
     parser.add_argument("--kind", choices=("random", "text", "zero"), default="random", help="data (%(default)s)")
     parser.add_argument("--extra", default="", help="more lines of the workload's configuration")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args()
-    if arguments.pairs < 2:
-        parser.error("at least 2 pairs")
-    directory = Path(tempfile.mkdtemp(prefix="bmigrate-bench-", dir="/dev/shm"))
-    try:
-        result = measure(directory, arguments.mib * MIB, arguments.kind, arguments.pairs, arguments.extra)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-    if arguments.json:
-        print(json.dumps(result))
-        return 0
-    for name in ("shipped", "bare"):
-        rates = [rate / MIB for rate in result[f"{name}_bytes_per_second"]]  # type: ignore[attr-defined]
-        print(f"{name}: {' '.join(f'{rate:.0f}' for rate in rates)} MiB/s")
-    print(f"shipped / bare: {spread(result['ratios'])}")  # type: ignore[arg-type]
-    return 0
+    arguments = command.parse(parser)
+    with command.scratch() as directory:
+        result = measure(directory, arguments.mib * MIB, arguments.kind, arguments.rounds, arguments.extra)
+    return command.tell(arguments.json, result, _lines(result))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,9 @@ with that many streams over the rate with one in the same round.
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from tests.bench import command
 from tests.bench.figures import spread
 from tests.bench.shipping import MIB, Bench
 
@@ -85,32 +83,24 @@ def measure(directory: Path, size: int, delayed_size: int, rounds: int, delay_se
     return cases
 
 
-def main() -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python3 -m tests.bench.streams", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=4, help="of each number of streams (%(default)s)")
-    parser.add_argument("--mib", type=int, default=1024, help="size of the volume in MiB (%(default)s)")
-    parser.add_argument("--delayed-mib", type=int, default=512, help="the same on the link with delay (%(default)s)")
-    parser.add_argument("--delay", type=float, default=DELAY_SECONDS, help="seconds, each direction (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args()
-    if arguments.rounds < 2:
-        parser.error("at least 2 rounds")
-    directory = Path(tempfile.mkdtemp(prefix="bmigrate-bench-", dir="/dev/shm"))
-    try:
-        sizes = arguments.mib * MIB, arguments.delayed_mib * MIB
-        result = measure(directory, *sizes, arguments.rounds, arguments.delay)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-    if arguments.json:
-        print(json.dumps(result))
-        return 0
+def _lines(result: dict[str, Any]) -> Iterator[str]:
     for name, case in result.items():
-        print(f"{name}, {1000 * case['delay_seconds']:.0f} ms each direction:")
+        yield f"{name}, {1000 * case['delay_seconds']:.0f} ms each direction:"
         for count, rates in case["bytes_per_second"].items():
             ratio = f"; over one: {spread(case['ratios'][count])}" if count in case["ratios"] else ""
-            print(f"  streams {count}: {' '.join(f'{rate / MIB:.0f}' for rate in rates)} MiB/s{ratio}")
-    return 0
+            yield f"  streams {count}: {' '.join(f'{rate / MIB:.0f}' for rate in rates)} MiB/s{ratio}"
+
+
+def main() -> int:
+    """Command line."""
+    parser = command.parser("streams", __doc__, rounds=4, mib=1024, of="of each number of streams")
+    parser.add_argument("--delayed-mib", type=int, default=512, help="the same on the link with delay (%(default)s)")
+    parser.add_argument("--delay", type=float, default=DELAY_SECONDS, help="seconds, each direction (%(default)s)")
+    arguments = command.parse(parser)
+    with command.scratch() as directory:
+        sizes = arguments.mib * MIB, arguments.delayed_mib * MIB
+        result = measure(directory, *sizes, arguments.rounds, arguments.delay)
+    return command.tell(arguments.json, result, _lines(result))
 
 
 if __name__ == "__main__":

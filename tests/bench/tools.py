@@ -10,19 +10,18 @@ here, and neither flushes at its end, as the receiver does. A ratio is the tool'
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.bench import command
 from tests.bench.figures import spread
 from tests.bench.resync import GRANULE, resync
 from tests.bench.shipping import MIB, Bench
@@ -143,29 +142,20 @@ def measure(directory: Path, size: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def _lines(result: dict[str, Any]) -> Iterator[str]:
+    for name, values in result["seconds"].items():
+        yield f"{name}: {' '.join(f'{value:.2f}' for value in values)} s"
+    yield f"rsync --whole-file / seed: {spread(result['ratios']['seed'])}"
+    yield f"rsync by checksums / resync, 1 % differs: {spread(result['ratios']['resync'])}"
+    yield f"rdiff signature, delta, patch / resync, 1 % differs: {spread(result['ratios']['rdiff'])}"
+
+
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python3 -m tests.bench.tools", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="of each kind (%(default)s)")
-    parser.add_argument("--mib", type=int, default=512, help="size of the volume in MiB (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args()
-    if arguments.rounds < 2:
-        parser.error("at least 2 rounds")
-    directory = Path(tempfile.mkdtemp(prefix="bmigrate-bench-", dir="/dev/shm"))
-    try:
+    arguments = command.parse(command.parser("tools", __doc__, rounds=3, mib=512))
+    with command.scratch() as directory:
         result = measure(directory, arguments.mib * MIB, arguments.rounds)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-    if arguments.json:
-        print(json.dumps(result))
-        return 0
-    for name, values in result["seconds"].items():
-        print(f"{name}: {' '.join(f'{value:.2f}' for value in values)} s")
-    print(f"rsync --whole-file / seed: {spread(result['ratios']['seed'])}")
-    print(f"rsync by checksums / resync, 1 % differs: {spread(result['ratios']['resync'])}")
-    print(f"rdiff signature, delta, patch / resync, 1 % differs: {spread(result['ratios']['rdiff'])}")
-    return 0
+    return command.tell(arguments.json, result, _lines(result))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -188,6 +189,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name = f"{options.seed}-{'-'.join(options.only)}" if options.only else str(options.seed)
     file = options.results or ROOT / "build" / "campaign" / f"{name.replace(' ', '_')}.jsonl"
+    # An end by TERM leaves no guest behind either, and what was judged is on file.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         results = Campaign(options.seed, faults, options.faults, file).run()
     except tally.OtherSchedule as error:
