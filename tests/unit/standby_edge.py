@@ -61,6 +61,17 @@ def install() -> None:
         signal.pidfd_send_signal = lambda *_: None
     if "EDGE_HANDSHAKE_SECONDS" in os.environ:
         receiver.HANDSHAKE_SECONDS = float(os.environ["EDGE_HANDSHAKE_SECONDS"])
+    if "EDGE_BOOT_ID" in os.environ:
+        blockdev.boot_id = lambda: os.environ["EDGE_BOOT_ID"]
+    if "EDGE_UNREADABLE" in os.environ:  # as long as that file is there
+        digest = blockdev.superblock_digest
+
+        def superblock_digest(path: str | Path) -> str:
+            if Path(os.environ["EDGE_UNREADABLE"]).exists():
+                raise OSError(errno.EIO, "Input/output error")
+            return digest(path)
+
+        blockdev.superblock_digest = superblock_digest
     if "BMIGRATE_TEST_ONE_AT_A_TIME" in os.environ:  # as before scattered blocks were written beside each other
         scatter.WORTH_SECONDS = math.inf
     if "BMIGRATE_TEST_HASH" in os.environ:  # as if that one had been measured to be faster

@@ -278,8 +278,12 @@ class StandbyHost:
     def move(self, name: str, other: str) -> None:
         """Configure another device, of the same size, for a volume."""
         self._make(other, self.volumes[name])
+        self.configure(self._text.replace(self.device(name), self.device(other)))
+
+    def configure(self, text: str) -> None:
+        """Replace the workload's configuration."""
         temporary = self.config_file.with_suffix(".new")
-        temporary.write_text(self._text.replace(self.device(name), self.device(other)))
+        temporary.write_text(text)
         os.replace(temporary, self.config_file)
 
     def sysfs(self, name: str, key: str, text: str) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from bmigrate.common import blockdev
 from bmigrate.common.errors import BmigrateError, RefusedError
+from bmigrate.handover import early
 from bmigrate.wire import hello as greeting
 from bmigrate.wire.frames import FrameType
 from tests.unit.standby_host import GENERATION, MIB, Sender, StandbyHost, wait
@@ -109,6 +111,25 @@ def test_a_seal_ends_with_the_handover_that_wanted_it(host: StandbyHost) -> None
     host.session()
 
 
+def test_a_seal_is_ended_by_nobody_else(host: StandbyHost) -> None:
+    """An installation that runs again, and a change of configuration, while the target is fenced, then prepared."""
+    with host.client() as fencer:
+        fencer.call("fence", workload="wl")
+        for op in ("hold", "reload"):
+            host.call(op, **({"workload": "wl"} if op == "hold" else {}))
+            assert host.status()["sealed"] and refused(host) == "sealed"
+        candidate = {"number": 2, "id": "e" * 32}
+        host.role("standby", candidate=candidate, handover={"phase": "prepared", "run_id": "r", "side": "target"})
+    for op in ("hold", "reload"):
+        host.call(op, **({"workload": "wl"} if op == "hold" else {}))
+        assert host.status()["sealed"] and refused(host) == "sealed"
+
+
+def test_who_is_prepared_takes_no_more_data_whatever_hold_remembers(host: StandbyHost) -> None:
+    host.role("standby", candidate={"number": 2, "id": "e" * 32})
+    assert refused(host) == "sealed"
+
+
 def test_a_seal_ends_with_a_step_that_died_before_its_note(host: StandbyHost) -> None:
     with host.client() as fencer:
         fencer.call("fence", workload="wl")
@@ -183,6 +204,18 @@ def test_the_epoch_is_above_all_that_the_source_has_seen(host: StandbyHost) -> N
     assert sender.welcome is not None and sender.welcome.epoch == 42
 
 
+@pytest.mark.parametrize("seen", ["highest_epoch", "last_session"])
+def test_one_hello_cannot_use_the_epochs_up(host: StandbyHost, seen: str) -> None:
+    most = (1 << 63) - 1
+    before = host.record()
+    assert refused(host, **{seen: most if seen == "highest_epoch" else greeting.LastSession(most, "1" * 32, 0)}) == (
+        "bad_epoch"
+    )
+    assert refused(host, highest_epoch=most + 1) == "bad_hello"
+    assert host.record() == before
+    host.session()
+
+
 def test_writes_outside_of_a_session_make_the_volume_suspect(host: StandbyHost) -> None:
     sender = host.session()
     host.count("data", 5)
@@ -236,6 +269,156 @@ def test_a_write_between_an_orderly_stop_and_the_next_start_is_noticed(host: Sta
     assert "while nobody held it: 1 writes" in host.status()["suspect"]
 
 
+@pytest.mark.parametrize("witness", ["hold", "early"])
+def test_a_closing_note_is_of_no_use_after_a_boot_in_which_nobody_held_the_volume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, witness: str
+) -> None:
+    """Somebody had the device in between; what was written then is in no counter of the boot after it."""
+    host = StandbyHost(tmp_path)
+    try:
+        host.start(EDGE_BOOT_ID="a")
+        host.stop_hold()
+        host.manager.forget()
+        if witness == "hold":
+            with open(host.device("data"), "rb") as other:
+                fcntl.flock(other.fileno(), fcntl.LOCK_EX)
+                host.start(EDGE_BOOT_ID="b")
+                assert host.status()["error"]["reason"] == "device_busy"
+                host.stop_hold()
+        else:
+            monkeypatch.setenv("BMIGRATE_STATE", host.environment["BMIGRATE_STATE"])
+            monkeypatch.setenv("BMIGRATE_RUN", host.environment["BMIGRATE_RUN"])
+            monkeypatch.setattr(blockdev, "boot_id", lambda: "b")
+            early.retire_all()
+        host.manager.forget()
+        host.start(EDGE_BOOT_ID="c")
+        assert "in that boot it was not held" in host.status()["suspect"]
+    finally:
+        host.close()
+
+
+def test_a_device_that_comes_late_in_a_boot_is_believed(tmp_path: Path) -> None:
+    host = StandbyHost(tmp_path)
+    try:
+        host.start(EDGE_BOOT_ID="a")
+        host.stop_hold()
+        host.manager.forget()
+        with open(host.device("data"), "rb") as other:
+            fcntl.flock(other.fileno(), fcntl.LOCK_EX)
+            host.start(EDGE_BOOT_ID="b")
+            assert not host.status()["held"]
+        wait(lambda: host.status()["held"], "the device to be held")
+        assert host.status()["suspect"] is None
+    finally:
+        host.close()
+
+
+def test_a_device_that_cannot_be_judged_is_not_kept_from_the_next_try(tmp_path: Path) -> None:
+    host = StandbyHost(tmp_path)
+    bad = tmp_path / "bad"
+    try:
+        host.start(EDGE_BOOT_ID="a")
+        host.stop_hold()
+        host.manager.forget()
+        bad.touch()
+        host.start(EDGE_BOOT_ID="b", EDGE_UNREADABLE=str(bad))
+        assert host.status()["error"]["reason"] == "io_error" and not host.status()["held"]
+        with pytest.raises(BmigrateError):
+            host.call("hold", workload="wl")
+        with open(host.device("data"), "rb") as free:
+            fcntl.flock(free.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        bad.unlink()
+        wait(lambda: host.status()["held"], "the device to be held")
+        assert host.status()["suspect"] is None
+    finally:
+        host.close()
+
+
+def test_a_volume_that_was_taken_out_of_the_configuration_is_not_forgotten(tmp_path: Path) -> None:
+    host = StandbyHost(tmp_path, {"data": 8 * MIB, "extra": MIB})
+    try:
+        host.start()
+        first = host.session()
+        acknowledged(first, 1)
+        both = host.config_file.read_text()
+        host.configure("".join(line for line in both.splitlines(True) if "extra" not in line))
+        host.call("reload")
+        wait(lambda: [item["volume"] for item in host.call("status")["volumes"]] == ["data"], "the other volume's end")
+
+        def is_free() -> bool:
+            with open(host.device("extra"), "rb") as free:
+                try:
+                    fcntl.flock(free.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return False
+            return True
+
+        wait(is_free, "the device to be let go")
+        host.configure(both)
+        host.call("reload")
+        wait(lambda: host.status("extra")["held"], "the device to be held again")
+        again = host.session(last_session=first.last_session(1))
+        assert again.welcome is not None
+        suspect = {item.name: item.suspect for item in again.welcome.volumes}
+        assert suspect["data"] is None and "did not name it" in (suspect["extra"] or "")
+    finally:
+        host.close()
+
+
+def test_a_grant_that_failed_lets_nobody_write(host: StandbyHost) -> None:
+    """No receiver could be put on file: what is written from then on is nobody's of ours."""
+    first = host.session()
+    acknowledged(first, 1)
+    first.close()
+    wait(lambda: not host.status()["session_open"], "the end of the session")
+    file = host.directory / "run" / "hold"
+    file.rename(file.with_name("aside"))
+    file.touch()
+    assert refused(host, last_session=first.last_session(1)) == "os_error"
+    assert not host.status()["session_open"]
+    file.unlink()
+    file.with_name("aside").rename(file)
+    host.count("data", 99)
+    again = host.session(last_session=first.last_session(1))
+    assert again.welcome is not None and "outside of a session" in (again.welcome.volumes[0].suspect or "")
+
+
+def test_the_end_of_a_receiver_that_cannot_be_put_on_file_is_an_end(host: StandbyHost) -> None:
+    first = host.session()
+    acknowledged(first, 1)
+    file = host.directory / "run" / "hold"
+    file.rename(file.with_name("aside"))
+    file.touch()
+    first.close()
+    wait(lambda: not host.status()["session_open"], "the end of the session")
+    file.unlink()
+    file.with_name("aside").rename(file)
+    again = host.session(last_session=first.last_session(1))
+    assert again.welcome is not None and again.welcome.volumes[0].suspect is None
+
+
+def test_only_one_watches_the_receivers_after_a_start_that_failed(tmp_path: Path) -> None:
+    host = StandbyHost(tmp_path)
+    try:
+        host.start()
+        old = host.session()
+        old.process.send_signal(signal.SIGSTOP)
+        host.kill_hold()
+        host.start(EDGE_KILLS_ARE_LOST="1", BMIGRATE_FAULTS="hold.save=error:28@1")
+        assert host.call("status")["volumes"] == [], "it was taken up, although nothing could be noted"
+        (status,) = host.call("status", workload="wl")["volumes"]
+        assert status["receivers"] == [old.process.pid] and status["held"]
+        assert host.hold is not None
+        links = [os.readlink(path) for path in Path(f"/proc/{host.hold.pid}/fd").iterdir() if path.is_symlink()]
+        assert links.count("anon_inode:[pidfd]") == 1, links
+        old.process.kill()
+        again = host.session(last_session=old.last_session(0))
+        assert again.welcome is not None and again.welcome.epoch == 2 == host.record()["epoch"]
+        assert host.status()["receivers"] == [again.process.pid]
+    finally:
+        host.close()
+
+
 def test_a_suspicion_survives_restarts_until_a_resync_ends_it(host: StandbyHost) -> None:
     host.stop_hold()
     host.manager.forget()
@@ -279,6 +462,44 @@ def test_a_source_that_went_back_is_noticed(host: StandbyHost) -> None:
     acknowledged(second, 1)
     third = host.session(last_session=first.last_session(1))
     assert third.welcome is not None and "the source went back" in (third.welcome.volumes[0].suspect or "")
+
+
+@pytest.mark.parametrize("frame", [FrameType.DATA, FrameType.ZERO])
+def test_a_source_that_went_back_behind_what_it_sent_is_noticed(host: StandbyHost, frame: FrameType) -> None:
+    """Nothing of that session was acknowledged, and its data may have landed all the same."""
+    first = host.session()
+    acknowledged(first, 1)
+    second = host.session(last_session=first.last_session(1))
+    if frame is FrameType.DATA:
+        second.send(frame, offset=0, payload=b"new!" * 1024)
+    else:
+        second.send(frame, offset=0, aux=4096)
+    second.send(FrameType.PING, aux=7)
+    answer = second.receive()
+    assert answer is not None and answer.type is FrameType.PONG
+    host.session(last_session=second.last_session(0))  # it remembers: no suspicion, and one more grant
+    assert host.status()["suspect"] is None
+    again = host.session(last_session=first.last_session(1))
+    assert again.welcome is not None and "the source went back" in (again.welcome.volumes[0].suspect or "")
+
+
+def test_a_further_stream_that_writes_is_noted_too(host: StandbyHost) -> None:
+    first = host.session(streams=2)
+    assert first.welcome is not None
+    member = host.session(streams=2, join=greeting.Join(first.welcome.epoch, first.welcome.session_id))
+    member.send(FrameType.DATA, offset=0, payload=b"new!" * 1024)
+    member.send(FrameType.MARK, aux=1)
+    answer = member.receive()
+    assert answer is not None and answer.type is FrameType.MARKED
+    again = host.session()
+    assert again.welcome is not None and "the source went back" in (again.welcome.volumes[0].suspect or "")
+
+
+def test_nobody_but_a_receiver_says_that_it_writes(host: StandbyHost) -> None:
+    host.session()
+    with pytest.raises(RefusedError) as caught:
+        host.call("writing", workload="wl")
+    assert caught.value.reason == "not_registered"
 
 
 def test_a_session_without_an_acknowledgement_may_be_forgotten_by_the_source(host: StandbyHost) -> None:

@@ -42,6 +42,7 @@ def test_what_is_believed() -> None:
     assert take(None) is None
     assert take(on_record()) is None  # closed before the boot, nothing written since
     assert take(on_record(), boot_id=BOOT, counters=SOME) is None  # an orderly restart of hold
+    assert take(on_record(closed={**on_record().closed, "next_boot": NEXT_BOOT})) is None  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,7 @@ def test_what_is_believed() -> None:
         (on_record(), {"identity": {**IDENTITY, "size_bytes": 5}}, "size_bytes"),
         (on_record(), {"superblock_digest": lambda: "other"}, "first or last MiB"),
         (on_record(suspect="before"), {}, "before"),
+        (on_record(closed={**on_record().closed, "next_boot": "boot-3"}), {}, "was not held"),  # type: ignore[dict-item]
     ],
 )
 def test_what_is_not_believed(old: VolumeRecord, changes: dict[str, Any], word: str) -> None:
@@ -104,6 +106,10 @@ def remembered(epoch: int, session: str = S1) -> Record:
     )
 
 
+def sent(record: Record, epoch: int, generation: str = G1) -> Record:
+    return replace(record, written={"epoch": epoch, "generation_id": generation})
+
+
 @pytest.mark.parametrize(
     ("record", "ack", "last", "word"),
     [
@@ -122,6 +128,13 @@ def remembered(epoch: int, session: str = S1) -> Record:
         (remembered(5, S2), Ack(5, 7, S2, G1), (5, S1, 0), "differently"),
         (remembered(6, S2), Ack(6, 1, S2, G1), (5, S1, 7), "the source went back"),
         (remembered(5), Ack(5, 7, S1, G1), None, "the source went back"),
+        (remembered(5), Ack(5, 7 + suspicion.MAX_SYNCS_UNHEARD, S1, G1), (5, S1, 7), None),
+        (remembered(5), Ack(5, 8 + suspicion.MAX_SYNCS_UNHEARD, S1, G1), (5, S1, 7), "the source remembers 7"),
+        (sent(remembered(5), 5), Ack(4, 7, S2, G1), (4, S2, 7), "sent data in epoch 5"),
+        (sent(remembered(6), 5), Ack(4, 7, S2, G1), (4, S2, 7), "sent data in epoch 5"),
+        (sent(remembered(5), 5), None, None, "sent data in epoch 5"),
+        (sent(remembered(6), 5), None, (5, S1, 0), None),  # and a grant that the source never heard of
+        (sent(remembered(5), 5, G2), None, None, None),  # of another generation
     ],
 )
 def test_the_handshake(record: Record, ack: Ack | None, last: tuple[int, str, int] | None, word: str | None) -> None:
@@ -146,12 +159,14 @@ def test_two_honest_hosts_never_suspect_each_other(steps: list[str]) -> None:
             assert suspicion.at_handshake(record, ack, greet(source)) is None
             epoch = record.epoch + 1
             session, heard, number = (epoch, f"{epoch:032x}"), False, 0
-            record = remembered(epoch, session[1])
+            record = replace(remembered(epoch, session[1]), written=record.written)
         elif session is None:
             continue
         elif step == "hear":
             source, heard = (session[0], session[1], 0), True
-        elif step == "ack" and heard:  # the source sends only after it has noted the session
+        elif step == "data" and heard:  # the source sends only after it has noted the session
+            record = sent(record, session[0])
+        elif step == "ack" and heard:
             number += 1
             ack = Ack(session[0], number, session[1], G1)
         elif step == "hear_ack" and heard and ack is not None and ack.epoch == session[0]:

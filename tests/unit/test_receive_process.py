@@ -451,22 +451,25 @@ def marked(sender: Sender, number: int) -> None:
 
 def test_a_further_stream_writes_and_the_first_flushes_for_it(host: StandbyHost) -> None:
     """The flush is the first one's, and it is made although nothing came to the first itself: here it fails."""
-    host.environment["BMIGRATE_FAULTS"] = "receive.fdatasync=error:5@1"
+    host.environment["BMIGRATE_FAULTS"] = "receive.fdatasync=error:5@2"
     try:
         first = host.session(streams=2)
     finally:
         del host.environment["BMIGRATE_FAULTS"]
     assert first.welcome is not None and first.welcome.streams == 2
+    first.send(FrameType.SYNC, aux=1)  # the flush with which every session begins
+    frame = first.receive()
+    assert frame is not None and frame.type is FrameType.ACK
     further = joined(host, first)
     assert further.welcome is not None and further.welcome.epoch == first.welcome.epoch
     data = os.urandom(64 * 1024)
     further.send(FrameType.DATA, offset=2 * MIB, payload=data)
     marked(further, 1)
     assert content(host)[2 * MIB :][: len(data)] == data, "MARKED before it was written"
-    first.send(FrameType.SYNC, aux=1)
+    first.send(FrameType.SYNC, aux=2)
     frame = first.receive()
     assert frame is not None and frame.type is FrameType.ACK, "volume 0 was not named: nothing to flush"
-    first.send(FrameType.SYNC, aux=2, offset=1)
+    first.send(FrameType.SYNC, aux=3, offset=1)
     ends_with(first, "io_error")
     assert further.ended() == -9, "one stream has ended, so all of them do"
 

@@ -32,6 +32,16 @@ def volume(tmp_path: Path) -> Iterator[StandbyVolume]:
     opened.close()
 
 
+def test_the_first_flush_of_a_session_is_never_skipped(volume: StandbyVolume, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a receiver before this one wrote and did not flush may be found equal, and be acknowledged unwritten."""
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", flushed.append)
+    assert volume.unsynced
+    volume.sync()
+    volume.sync()
+    assert flushed == [volume.fd] and not volume.unsynced
+
+
 @pytest.mark.parametrize("kind", ["write", "extents", "zero"])
 def test_a_write_under_way_in_a_flush_is_flushed_by_the_next(
     volume: StandbyVolume, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The early unit's work: takes the durable clean flags away before anything can be mounted.
+"""The early unit's work: takes the durable clean flags away before anything can be mounted, and the closing notes too.
 
 Promise: after it has run, no durable clean flag is left, so that a boot which writes to a volume
-without tracking (no module, no daemon) cannot be taken for a clean one by the boot after it. It
-needs neither module nor daemon nor configuration.
+without tracking (no module, no daemon) cannot be taken for a clean one by the boot after it. Likewise
+every closing note of a replica (in hold.json) bears the id of this boot, and is believed in no later one, should
+nobody hold the replica in this. It needs neither module nor daemon nor configuration. In a boot it comes
+before hold; run again while hold runs it finds nothing to do.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bmigrate.common import atomic, blockdev, paths
+from bmigrate.common.errors import DefectError
+from bmigrate.hold import record
 
 SCHEMA = 1
 SUFFIX = ".clean"
@@ -23,14 +27,20 @@ def retire_all() -> list[dict[str, Any]]:
     """Move every STATE/WORKLOAD/VOLUME.clean into /run with the id of this boot; returns what was moved.
 
     Raises:
-        OSError: a flag could not be removed. The unit fails; the marker without which no workload mounts
-            is not set either while a flag is there (``Host.set_marker``).
+        OSError: a flag could not be removed, or a note not be changed. The unit fails; the marker without
+            which no workload mounts is not set either while a flag is there (``Host.set_marker``).
     """
     boot_id = blockdev.boot_id()
     moved = []
     for flag in sorted(paths.state().glob("*/*" + SUFFIX)):
         retire(flag, boot_id)
         moved.append({"workload": flag.parent.name, "volume": flag.name[: -len(SUFFIX)]})
+    for path in sorted(paths.state().glob("*/" + record.FILE)):
+        try:
+            known = record.load(path.parent.name)
+        except DefectError:
+            continue  # nobody believes a damaged one, and hold says so
+        record.meet_boot(known, boot_id)
     return moved
 
 

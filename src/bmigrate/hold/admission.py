@@ -15,6 +15,10 @@ from bmigrate.common.state import WorkloadState
 from bmigrate.hold.record import Record
 from bmigrate.wire.hello import Hello
 
+#: The next epoch is above all that either host has seen, and each session takes one. Were any number
+#: believed, one HELLO could use all up.
+MAX_EPOCHS_AHEAD = 1 << 32
+
 
 class Geometry(NamedTuple):
     """Size and logical block size of a device here, in bytes."""
@@ -34,8 +38,8 @@ def check(
         state_mark: changes whenever state.json is replaced.
 
     Raises:
-        RefusedError: reasons wrong_role, sealed, wrong_generation, unknown_volume, missing_volume,
-            not_held, too_small, block_size.
+        RefusedError: reasons wrong_role, sealed, wrong_generation, bad_epoch, unknown_volume,
+            missing_volume, not_held, too_small, block_size.
     """
     workload = hello.workload
     if state is None or state.role != "standby":
@@ -45,7 +49,7 @@ def check(
             hint="see which host is primary: ansible-playbook status.yml",
             reason="wrong_role",
         )
-    if sealed(record, state, state_mark):
+    if sealed(record, state, state_mark) or state.candidate is not None:
         raise RefusedError(
             f"workload {workload} is prepared for promotion here and takes no more data",
             hint="finish or cancel the handover: run failover.yml again",
@@ -59,6 +63,14 @@ def check(
             f"the replica here is of {relation} generation {_name(mine)}, {hello.host} ships {_name(theirs)}",
             hint="compare the histories: bmigrate handover discover on both hosts",
             reason="wrong_generation",
+        )
+    seen = max(hello.highest_epoch, hello.last_session.epoch if hello.last_session is not None else 0)
+    if seen > record.epoch + MAX_EPOCHS_AHEAD:
+        raise RefusedError(
+            f"{hello.host} says that it has seen epoch {seen}, this host is at epoch {record.epoch}: no pair of "
+            "hosts has had that many sessions",
+            hint="its record is damaged; see the journal of bmigrate-ship there",
+            reason="bad_epoch",
         )
     named = {volume.name for volume in hello.volumes}
     for name in sorted(named - set(geometry)):

@@ -9,6 +9,7 @@ incarnation of hold can still kill it. It must never signal a process by number.
 
 from __future__ import annotations
 
+import logging
 import os
 import selectors
 import signal
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bmigrate.common import atomic, paths
+
+log = logging.getLogger("bmigrate-hold")
 
 
 def start_time(pid: int) -> int:
@@ -107,6 +110,13 @@ class Receivers:
         except ProcessLookupError:
             pass  # gone already; its pidfd is readable and the loop will say so
 
+    def forget(self) -> None:
+        """Watch nobody any more; those on file can be recovered by another object."""
+        for receiver in self.alive:
+            self._selector.unregister(receiver.pidfd)
+            os.close(receiver.pidfd)
+        self.alive.clear()
+
     def _watch(self, receiver: Receiver) -> None:
         self.alive.append(receiver)
         self._selector.register(receiver.pidfd, selectors.EVENT_READ, lambda _mask: self._gone(receiver))
@@ -115,7 +125,10 @@ class Receivers:
         self._selector.unregister(receiver.pidfd)
         os.close(receiver.pidfd)
         self.alive.remove(receiver)
-        self._store(self.alive)
+        try:
+            self._store(self.alive)
+        except OSError as error:  # one on file that is gone is told by its start time, and does no harm
+            log.error("the end of process %d cannot be put on file: %s", receiver.pid, error)
         self._on_gone()
 
     def _store(self, receivers: list[Receiver]) -> None:

@@ -15,6 +15,7 @@ from bmigrate.common import atomic, faults, paths
 from bmigrate.common.errors import DefectError
 
 SCHEMA = 1
+FILE = "hold.json"
 
 
 @dataclass
@@ -27,7 +28,8 @@ class VolumeRecord:
             the same id means held without a gap.
         counters: write counters at the last moment at which no session was open.
         suspect: why every block must be compared, or None.
-        closed: {boot_id, counters, superblock_digest} of an orderly stop; believed once.
+        closed: {boot_id, counters, superblock_digest} of an orderly stop; believed once. In a later boot also
+            `next_boot`, the first boot that found it: it is believed in that one and in no other.
     """
 
     device: str
@@ -47,7 +49,8 @@ class Record:
         epoch: the highest ever granted or fenced; only grows.
         session: {epoch, session_id, generation, host, open} of the last session granted here, or None.
         sealed: {epoch, state, hold_ids} while a fence without a session must stay the last, or None.
-        volumes: by name.
+        volumes: by name; also of those that the configuration does not name any more.
+        written: {epoch, generation_id} of the last session in which a receiver was about to write, or None.
     """
 
     workload: str
@@ -55,6 +58,7 @@ class Record:
     session: dict[str, Any] | None = None
     sealed: dict[str, Any] | None = None
     volumes: dict[str, VolumeRecord] = field(default_factory=dict)
+    written: dict[str, Any] | None = None
 
     @property
     def session_open(self) -> bool:
@@ -64,7 +68,7 @@ class Record:
 
 def record_file(workload: str) -> Path:
     """Path of hold.json."""
-    return paths.state_dir(workload) / "hold.json"
+    return paths.state_dir(workload) / FILE
 
 
 def load(workload: str) -> Record:
@@ -86,6 +90,7 @@ def load(workload: str) -> Record:
             fields["session"],
             fields["sealed"],
             {name: VolumeRecord(**item) for name, item in fields["volumes"].items()},
+            fields.get("written"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DefectError(
@@ -93,6 +98,29 @@ def load(workload: str) -> Record:
             reason="damaged",
             hint="install the version of bmigrate that wrote it, or restore it from a backup",
         ) from error
+
+
+def meet_boot(record: Record, boot_id: str) -> bool:
+    """Write the first boot that finds them into the closing notes of an earlier one; returns whether any was new.
+
+    Whoever takes a volume in a boot after that one does not believe its note: what was done to the volume in between,
+    while hold did not run or somebody else had the device, is in no counter of his.
+
+    Raises:
+        OSError: nothing is noted, neither here nor on disk.
+    """
+    new = [item.closed for item in record.volumes.values() if item.closed and item.closed["boot_id"] != boot_id]
+    new = [closed for closed in new if "next_boot" not in closed]
+    for closed in new:
+        closed["next_boot"] = boot_id
+    try:
+        if new:
+            save(record)
+    except BaseException:
+        for closed in new:
+            del closed["next_boot"]
+        raise
+    return bool(new)
 
 
 def save(record: Record) -> None:

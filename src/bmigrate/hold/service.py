@@ -40,6 +40,7 @@ class Service:
             "fence": self._fence,
             "refresh": self._refresh,
             "clear_suspect": self._clear_suspect,
+            "writing": self._writing,
             "reload": self._reload,
         }
 
@@ -80,12 +81,7 @@ class Service:
                 if path.stem in self.workloads:
                     self.workloads[path.stem].config = loaded
                 else:
-                    workload = Workload(loaded, self._selector, self._boot_id)
-                    mine = [name for name in self._stored if name.startswith(path.stem + ".") and name.count(".") == 2]
-                    workload.recover({name: self._stored[name] for name in mine})
-                    for name in mine:
-                        del self._stored[name]
-                    self.workloads[path.stem] = workload
+                    self.workloads[path.stem] = self._take_up(loaded)
             except (BmigrateError, OSError) as problem:
                 error = (
                     problem
@@ -101,6 +97,21 @@ class Service:
                 continue
             self._stamps[path.stem] = stamp
         return problems
+
+    def _take_up(self, loaded: config.Config) -> Workload:
+        workload = Workload(loaded, self._selector, self._boot_id)
+        prefix = loaded.workload + "."
+        mine = {name: fd for name, fd in self._stored.items() if name.startswith(prefix) and name.count(".") == 2}
+        others = {name: fd for name, fd in self._stored.items() if name not in mine}
+        try:
+            workload.recover(mine)
+        except BaseException:
+            # It is tried again, by another object: only one may watch the receivers and write of them.
+            workload.receivers.forget()
+            self._stored = {**others, **mine}
+            raise
+        self._stored = others
+        return workload
 
     def tick(self) -> None:
         """Follow the roles; called now and then and after every change."""
@@ -165,9 +176,7 @@ class Service:
     def _fence(self, connection: Connection, request: Request) -> Any:
         workload = self._workload(request)
         workload.require_held()
-        # Whoever fences keeps the connection until the handover is noted; dead before that, nobody would unseal.
-        connection.on_close.append(workload.unseal)
-        workload.fence(Answer(connection, request))
+        workload.fence(connection, Answer(connection, request))
         return LATER
 
     def _refresh(self, connection: Connection, request: Request) -> dict[str, Any]:
@@ -176,6 +185,10 @@ class Service:
 
     def _clear_suspect(self, connection: Connection, request: Request) -> dict[str, Any]:
         self._workload(request).clear_suspect(connection, str(request["volume"]))
+        return {}
+
+    def _writing(self, connection: Connection, request: Request) -> dict[str, Any]:
+        self._workload(request).writing(connection)
         return {}
 
     def _reload(self, connection: Connection, request: Request) -> dict[str, Any]:

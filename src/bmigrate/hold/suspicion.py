@@ -16,6 +16,9 @@ from bmigrate.hold.record import Record, VolumeRecord
 from bmigrate.receive.ackfile import Ack
 from bmigrate.wire.hello import Hello
 
+#: More acknowledgements than a source can have missed in one session: it waits for them long before.
+MAX_SYNCS_UNHEARD = 1024
+
 
 def at_take(
     old: VolumeRecord | None,
@@ -43,6 +46,8 @@ def at_take(
             if old.boot_id != boot_id
             else "bmigrate-hold lost its exclusive hold without an orderly stop"
         )
+    if old.closed["boot_id"] != boot_id and old.closed.get("next_boot", boot_id) != boot_id:
+        return "this host was booted since it was closed, and in that boot it was not held"
     if not counters.counted:
         return "the kernel does not count writes to the device (queue/iostats is 0), so none can be ruled out"
     if old.closed["boot_id"] == boot_id:
@@ -74,8 +79,9 @@ def at_handshake(record: Record, ack: Ack | None, hello: Hello) -> str | None:
 
     The standby must remember everything that the source was told; otherwise this host went back
     (a reverted snapshot, a disk that loses flushed writes). And the source must remember every
-    session in which this host acknowledged anything of the same generation, because it notes a
-    session before it sends; otherwise the source went back, and its maps with it.
+    session in which it sent this host anything of the same generation, because it notes a
+    session before it sends, and within a session nearly every acknowledgement, because it has only so
+    many on their way; otherwise the source went back, and its maps with it.
     """
     last, mine = hello.last_session, record.session
     if last is not None:
@@ -89,7 +95,19 @@ def at_handshake(record: Record, ack: Ack | None, hello: Hello) -> str | None:
                 f"the source was told that SYNC {last.ack} of epoch {last.epoch} is durable, this host remembers "
                 f"only {noted[1]} of epoch {noted[0]}: this host went back"
             )
+        if ack is not None and (ack.epoch, ack.session_id) == (last.epoch, last.session_id):
+            if ack.ack > last.ack + MAX_SYNCS_UNHEARD:
+                return (
+                    f"this host acknowledged SYNC {ack.ack} of epoch {ack.epoch}, the source remembers {last.ack}: "
+                    "the source went back"
+                )
     known = last.epoch if last is not None else 0
+    written = record.written
+    if written is not None and written["generation_id"] == hello.generation.id and written["epoch"] > known:
+        return (
+            f"this host was sent data in epoch {written['epoch']}, the source remembers no session after epoch "
+            f"{known}: the source went back"
+        )
     if ack is not None and ack.generation_id == hello.generation.id and ack.epoch > known:
         return (
             f"this host acknowledged data in epoch {ack.epoch}, the source remembers no session after epoch "

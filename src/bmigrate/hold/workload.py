@@ -55,6 +55,7 @@ class Workload:
         self._retry_at = 0.0
         self._retry_seconds = RETRY_FIRST_SECONDS
         self._session: tuple[Receiver, Connection] | None = None
+        self._fencing: list[Connection] = []
         self._udev = udev.Teller(self.name)
 
     # -- taking and letting go ---------------------------------------------------------------------
@@ -63,19 +64,26 @@ class Workload:
         """Go on where an earlier incarnation stopped: its descriptors and its receivers.
 
         Args:
-            stored: descriptors of this workload from the service manager's store, by full name.
+            stored: descriptors of this workload from the service manager's store, by full name; what is let go is
+                taken out of it.
+
+        Raises:
+            BmigrateError, OSError: try again with another object, after ``receivers.forget()``.
         """
         self.receivers.recover()
         keep = self._must_be_held()
-        for name, fd in stored.items():
+        given = bool(stored)
+        for name, fd in list(stored.items()):
             _, volume, hold_id = name.split(".")
             known = any(item.name == volume for item in self.config.volumes)
             if not keep or not known or volume in self.held:
                 log.info("workload %s: volume %s is let go, its role needs no hold", self.name, volume)
+                del stored[name]
                 HeldDevice(self.name, volume, "", fd, 0, hold_id).release()
                 continue
             device = devices.recover(self.name, volume, self.config.device(volume), hold_id, fd)
             if device is None:
+                del stored[name]
                 log.warning(
                     "workload %s: volume %s: the device held before is not the configured one any more",
                     self.name,
@@ -92,12 +100,13 @@ class Workload:
         if self.record.session_open and not self.receivers.alive:
             self._sample()
             self._note_session_closed()
-        if stored:
+        if given:
             record.save(self.record)
 
     def follow_role(self) -> None:
         """Hold what the durable role says is a standby's, and tell udev; a failure is noted and tried again later."""
         role = self._state_role()
+        record.meet_boot(self.record, self._boot_id)
         self._drop_unconfigured()
         if role == "standby":
             now = time.monotonic()
@@ -126,16 +135,17 @@ class Workload:
                 if item.name not in self.held:
                     path = item.devices[self.config.host]
                     taken.append(devices.take(self.name, item.name, path, os.urandom(16).hex()))
+            standby = self._state_role() == "standby"
+            for device in taken:
+                if not standby:  # a source's volume: what was known of a replica is over
+                    self.record.volumes.pop(device.volume, None)
+                self._judge(device)
         except BaseException:
             for device in taken:
-                device.release()
+                if self.held.get(device.volume) is not device:
+                    device.release()
             raise
-        standby = self._state_role() == "standby"
-        for device in taken:
-            if not standby:
-                self.record.volumes.pop(device.volume, None)  # a source's volume: what was known of a replica is over
-            self._judge(device)
-        self.record.sealed = None
+        self._end_seal()
         record.save(self.record)
 
     def release_all(self, answer: Answer) -> None:
@@ -211,8 +221,18 @@ class Workload:
         else:
             self.when_quiet(lambda: self._grant(connection, request, hello, receiver))
 
-    def fence(self, answer: Answer) -> None:
-        """Let no receiver of any epoch so far write any more, durably, and admit no other; then answer."""
+    def fence(self, connection: Connection, answer: Answer) -> None:
+        """Let no receiver of any epoch so far write any more, durably, and admit no other; then answer.
+
+        Whoever fences keeps the connection until the handover is noted; dead before that, nobody else would unseal.
+        """
+        self._fencing.append(connection)
+
+        def closed() -> None:
+            self._fencing.remove(connection)
+            self.unseal()
+
+        connection.on_close.append(closed)
 
         def seal() -> None:
             if answer.unwanted:
@@ -233,11 +253,38 @@ class Workload:
         self.when_quiet(answer.guard(seal))
 
     def unseal(self) -> None:
-        """End a seal whose handover is over, or was never noted."""
-        current = state.load(self.name)
-        if self.record.sealed is not None and (current is None or current.handover is None):
-            self.record.sealed = None
+        """End a seal whose handover is over, or was never noted by a step that is dead."""
+        if self.record.sealed is not None and self._end_seal():
             record.save(self.record)
+
+    def _end_seal(self) -> bool:
+        current = state.load(self.name)
+        if self._fencing or (current is not None and current.handover is not None):
+            return False
+        self.record.sealed = None
+        return True
+
+    def writing(self, connection: Connection) -> None:
+        """The receiver of this connection is about to write for the first time; durable when this returns.
+
+        The source has noted the session by then: it does so before it sends. See ``suspicion.at_handshake``.
+
+        Raises:
+            RefusedError: reason ``not_registered`` for anybody else.
+        """
+        session = self.record.session
+        mine = [item for item in self.receivers.alive if item.pid == connection.peer_pid and not item.killed]
+        if session is None or not session["open"] or not any(item.epoch == session["epoch"] for item in mine):
+            raise RefusedError("only a receiver of the open session may write", reason="not_registered")
+        written = {"epoch": session["epoch"], "generation_id": session["generation"]["id"]}
+        if self.record.written == written:
+            return
+        before, self.record.written = self.record.written, written
+        try:
+            record.save(self.record)
+        except BaseException:
+            self.record.written = before
+            raise
 
     def clear_suspect(self, connection: Connection, volume: str) -> None:
         """The session of this connection has compared the volume as a whole: it is no longer suspect.
@@ -320,23 +367,31 @@ class Workload:
 
     def _drop_unconfigured(self) -> None:
         """Let go of devices that the configuration no longer names, when nobody can be writing to them."""
-        wanted = {item.name: item.devices[self.config.host] for item in self.config.volumes}
-        if not any(wanted.get(name) != device.path for name, device in self.held.items()):
+
+        def unwanted() -> list[tuple[str, HeldDevice]]:
+            wanted = {item.name: item.devices[self.config.host] for item in self.config.volumes}
+            return [(name, device) for name, device in self.held.items() if wanted.get(name) != device.path]
+
+        if not unwanted():
             return
 
         def drop() -> None:
-            for name, device in list(self.held.items()):
-                if wanted.get(name) == device.path:
-                    continue
+            for name, device in unwanted():  # by now: it may be configured again
                 log.info(
                     "workload %s: volume %s: %s is let go, it is no longer configured", self.name, name, device.path
                 )
+                # What was known of the replica stays known: the source may still believe it, and anybody may write now.
+                known = self.record.volumes[name]
+                if all(item.name != name for item in self.config.volumes):
+                    known.suspect = known.suspect or "it was not held for some time: the configuration did not name it"
+                try:
+                    record.save(self.record)
+                except OSError as error:
+                    log.error("workload %s: volume %s stays held: %s", self.name, name, error)
+                    return  # the next tick tries again
                 device.release()
                 del self.held[name]
                 self._udev.tell(name, device.path, False)
-                if name not in wanted:
-                    self.record.volumes.pop(name, None)
-            record.save(self.record)
 
         if not self._waiting:
             self.when_quiet(drop)
@@ -357,11 +412,32 @@ class Workload:
                 )
                 self.errors[item.name] = error
                 continue
-            self._judge(device)
+            try:
+                self._judge(device)
+            except BaseException as error:
+                device.release()  # not held by halves: the next try would find it in use, by this very process
+                if not isinstance(error, (BmigrateError, OSError)):
+                    raise
+                log.error("workload %s: volume %s cannot be judged: %s", self.name, item.name, error)
+                self.errors[item.name] = (
+                    error
+                    if isinstance(error, BmigrateError)
+                    else RefusedError(
+                        f"{device.path} cannot be examined: {error}",
+                        volume=item.name,
+                        reason="io_error",
+                        hint="look at the kernel log of this host (dmesg)",
+                    )
+                )
+                continue
             record.save(self.record)
 
     def _judge(self, device: HeldDevice) -> None:
-        """Put a device that was just taken on record, with what can be said of the time before."""
+        """Put a device that was just taken on record, with what can be said of the time before.
+
+        Raises:
+            BmigrateError, OSError: it cannot be examined; nothing has changed, and the caller lets go of it.
+        """
         old = self.record.volumes.get(device.volume)
         identity, counters = blockdev.identity(device.path), device.counters()
         reason = suspicion.at_take(
@@ -428,6 +504,7 @@ class Workload:
         if connection.closed:
             os.close(receiver.pidfd)
             return
+        before = self.record.session
         try:
             self._admit(hello)  # the role may have changed while older receivers died
             self._sample()
@@ -440,6 +517,9 @@ class Workload:
             last = hello.last_session.epoch if hello.last_session is not None else 0
             self.record.epoch = receiver.epoch = max(self.record.epoch, last, hello.highest_epoch) + 1
             self.record.sealed = None
+            # On file first: while nobody can have been granted anything, this host writes as before.
+            self.receivers.admit(receiver)
+            faults.point("hold.admitted")
             self.record.session = {
                 "epoch": self.record.epoch,
                 "session_id": os.urandom(16).hex(),
@@ -447,11 +527,10 @@ class Workload:
                 "open": True,
                 "generation": {"number": hello.generation.number, "id": hello.generation.id},
             }
-            self.receivers.admit(receiver)
-            faults.point("hold.admitted")
             record.save(self.record)
             faults.point("hold.granted")
         except (BmigrateError, OSError) as error:
+            self.record.session = before  # nobody may write in this one
             if receiver in self.receivers.alive:
                 self.receivers.kill(receiver)
             else:

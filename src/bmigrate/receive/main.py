@@ -159,14 +159,17 @@ def serve(link: Link, workload: str) -> str:
             def clear_suspect(name: str) -> None:
                 hold.call("clear_suspect", workload=workload, volume=name)
 
+            def first_write() -> None:
+                hold.call("writing", workload=workload)
+
             unpacker = None
             if _compression(hello):
                 unpacker = packing.Unpacker(memoryview(mmap.mmap(-1, frames.MAX_PAYLOAD_BYTES)))
             session: Writes
             if acks is None:
-                session = Member(link, volumes, unpacker)
+                session = Member(link, volumes, unpacker, first_write)
             else:
-                session = Session(link, volumes, acks, clear_suspect, unpacker, welcome.hash)
+                session = Session(link, volumes, acks, clear_suspect, unpacker, welcome.hash, first_write)
             return session.run()
         finally:
             for item in volumes:

@@ -36,11 +36,18 @@ class Writes:
 
     Args:
         link: the connection. volumes: in the order of the indexes of WELCOME.
-        unpacker: when compression was agreed on.
+        unpacker: when compression was agreed on. first_write: called once, before the first byte is written.
     """
 
-    def __init__(self, link: Link, volumes: list[StandbyVolume], unpacker: Unpacker | None = None) -> None:
+    def __init__(
+        self,
+        link: Link,
+        volumes: list[StandbyVolume],
+        unpacker: Unpacker | None = None,
+        first_write: Callable[[], None] = lambda: None,
+    ) -> None:
         self._unpacker = unpacker
+        self._first_write: Callable[[], None] | None = first_write
         self._link = link
         self._volumes = volumes
         self._scatter = Scatter("scatter")
@@ -99,7 +106,13 @@ class Writes:
             )
         return self._volumes[frame.volume]
 
+    def _begin_to_write(self) -> None:
+        if self._first_write is not None:
+            self._first_write()
+            self._first_write = None
+
     def _data(self, frame: Frame) -> None:
+        self._begin_to_write()
         self._volume(frame).write(frame.offset, frame.payload)
 
     def _packed(self, frame: Frame) -> None:
@@ -110,9 +123,11 @@ class Writes:
     def _extents(self, frame: Frame) -> None:
         volume, parts = self._volume(frame), frame.parts()
         volume.check_extents(parts)
+        self._begin_to_write()
         volume.write_extents(parts, self._scatter, self._link.keep_alive)
 
     def _zero(self, frame: Frame) -> None:
+        self._begin_to_write()
         self._volume(frame).zero(frame.offset, frame.aux, self._link.keep_alive)
 
     def _ping(self, frame: Frame) -> None:
@@ -122,8 +137,14 @@ class Writes:
 class Member(Writes):
     """Handles the frames of a further stream of an open session."""
 
-    def __init__(self, link: Link, volumes: list[StandbyVolume], unpacker: Unpacker | None = None) -> None:
-        super().__init__(link, volumes, unpacker)
+    def __init__(
+        self,
+        link: Link,
+        volumes: list[StandbyVolume],
+        unpacker: Unpacker | None = None,
+        first_write: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(link, volumes, unpacker, first_write)
         self._last_mark = 0
         self._handlers[FrameType.MARK] = self._mark
 
@@ -151,8 +172,9 @@ class Session(Writes):
         clear_suspect: Callable[[str], None],
         unpacker: Unpacker | None = None,
         hash_name: str = hashing.BLAKE2B,
+        first_write: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__(link, volumes, unpacker)
+        super().__init__(link, volumes, unpacker, first_write)
         self._flusher = Flusher(link, volumes, acks)
         self._hasher = Hasher(link, hash_name)
         self._clear_suspect = clear_suspect

@@ -43,7 +43,9 @@ class StandbyVolume:
         self.limit_bytes = limit_bytes
         self.written_bytes = 0
         self._writes = 0
-        self._synced = 0
+        # The first flush of a session is never skipped: what an earlier receiver wrote, and died before it could flush,
+        # may be found equal in this session, and be acknowledged without being written again.
+        self._synced = -1
         self._broken: str | None = None
         self._readers = threading.local()
         try:
@@ -78,7 +80,7 @@ class StandbyVolume:
 
     @property
     def unsynced(self) -> bool:
-        """Whether something was written that no flush has made durable."""
+        """Whether something may have been written, in this session or before it, that no flush has made durable."""
         return self._writes != self._synced
 
     def written_elsewhere(self) -> None:

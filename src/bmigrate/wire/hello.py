@@ -26,7 +26,7 @@ _INCARNATION = re.compile(r"[0-9a-f]{8,64}\Z")
 _BOOT_ID = re.compile(r"[0-9a-f-]{32,36}\Z")
 _COMPRESSION = re.compile(r"[a-z0-9]{0,16}\Z")
 _HASH = re.compile(r"[a-z0-9]{1,16}\Z")
-_MAX_U64 = (1 << 64) - 1
+_MAX_NUMBER = (1 << 63) - 1
 _WELCOME_SINCE = {"compression": 2, "hash": hashing.SINCE_VERSION, "streams": 3}
 """The version that brought a field of WELCOME; older ones are those that every version has."""
 
@@ -310,7 +310,7 @@ class _Fields:
             raise HelloError(f"{self._where}: {name!r} has the value {value!r:.80}, which is not allowed there")
         return value
 
-    def number(self, name: str, low: int, high: int = _MAX_U64, *, default: int | None = None) -> int:
+    def number(self, name: str, low: int, high: int = _MAX_NUMBER, *, default: int | None = None) -> int:
         value = self._get(name, default is not None)
         if value is None and default is not None:
             return default
