@@ -62,6 +62,7 @@ class _Item:
         self.records = 0
         self.written = 0
         self.discarded = 0
+        self.attachment = 1
         self.mirror = np.zeros(-(-size // GRANULE // 8), dtype=np.uint8)
         if len(self.mirror) * 8 * GRANULE < size:
             self.mirror = np.zeros(len(self.mirror) + 1, dtype=np.uint8)
@@ -87,6 +88,7 @@ class FakeBreqd:
         self.hold_log = threading.Event()
         self.before_barrier: Callable[[], None] = lambda: None
         self.seeds = 1
+        self.blind = False
         self.calls: collections.Counter[str] = collections.Counter()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -133,6 +135,18 @@ class FakeBreqd:
             self._boot()
         self.start()
 
+    def attach_anew(self, workload: str, name: str, size: int, reason: str) -> None:
+        """A volume has another size: it is attached again with nothing marked, and is suspect."""
+        with self.lock:
+            old = self.items[workload, name]
+            item = self.items[workload, name] = _Item(workload, name, size)
+            item.record, item.attachment = old.record, old.attachment + 1
+            item.record.begun = -1
+            item.record.suspicions += 1
+            item.record.suspect = reason
+            self.maps.remove(item.key)
+            self.maps.add(item.key, size, GRANULE, item.mirror, item.failed, time.monotonic())
+
     def _serve(self) -> None:
         selector = selectors.DefaultSelector()
         server = rpc.Server(self.path, self._handle, selector)
@@ -175,7 +189,8 @@ class FakeBreqd:
                 {
                     "workload": key[0], "volume": key[1], "size_bytes": item.size, "granule_bytes": GRANULE,
                     "dirty_bytes": self.maps.dirty_bytes(key), "claimed_bytes": self.maps.claimed_bytes(key),
-                    "suspect": item.record.suspect, "attached": True, "attachment_id": "a1",
+                    "suspect": item.record.suspect, "attached": True, "attachment_id": f"a{item.attachment}",
+                    "self_test": {"state": "blind" if self.blind else "proven"},
                     "oldest_dirty_age_seconds": 0.0 if oldest is None else time.monotonic() - oldest,
                     "written_bytes": item.written, "seed_count": self.seeds, "total_records": item.records,
                     "highest_epoch": item.record.highest_epoch, "discarded_bytes": item.discarded,

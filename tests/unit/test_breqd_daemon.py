@@ -498,6 +498,7 @@ def test_a_blind_tracker_says_so_and_is_never_in_step(host: Host) -> None:
     """Suspect at once and for good: a comparison cannot clear it, a drain is refused, a restart finds it again."""
     host.start()
     host.call("attach", workload="w", volume="a", mode="seed")
+    begun = host.call("resync_begin", workload="w", volume="a")["resync_id"]
     host.kernel.sleeps = True
     states = []
     for number in range(6):
@@ -505,16 +506,53 @@ def test_a_blind_tracker_says_so_and_is_never_in_step(host: Host) -> None:
         states.append(self_test(host)["state"])
     assert states[-1] == "blind" and "doubtful" in states
     assert "the tracker is blind" in host.volume("a")["suspect"]
-    again = host.call("resync_begin", workload="w", volume="a")["resync_id"]
     with pytest.raises(RefusedError) as refused:
-        host.call("resync_end", workload="w", volume="a", resync_id=again)
+        host.call("resync_end", workload="w", volume="a", resync_id=begun)
     assert refused.value.reason == "new_suspicion"
-    with pytest.raises(SuspectError) as blind:
-        host.call("barrier", workload="w", drain="d1")
-    assert blind.value.reason == "blind"
-    host.kill()
+    for _ in range(2):
+        for op, fields in (("resync_begin", {"volume": "a"}), ("barrier", {"drain": "d1"})):
+            with pytest.raises(SuspectError) as blind:
+                host.call(op, workload="w", **fields)
+            assert blind.value.reason == "blind"
+        assert host.volume("a")["self_test"]["state"] == "blind"
+        assert "the tracker is blind" in host.volume("a")["suspect"]
+        host.kill()
+        host.start()
+    host.kernel.sleeps = False
+    host.call("attach", workload="w", volume="a", mode="seed")
+    assert host.volume("a")["self_test"]["state"] == "blind", "it is the attachment that was blind still"
+    host.call("detach", workload="w", volume="a")
+    host.call("attach", workload="w", volume="a", mode="resume")
+    assert host.volume("a")["self_test"]["state"] == "unproven"
+    host.call("resync_begin", workload="w", volume="a")
+
+
+def test_a_path_that_has_become_another_devices_is_noticed(host: Host) -> None:
+    """A link under /dev/disk moved on: whoever opens it now writes where nobody records."""
     host.start()
-    assert "the tracker is blind" in host.volume("a")["suspect"]
+    host.call("attach", workload="w", volume="a", mode="seed")
+    host.call("fence", workload="w", epoch=1, fence_id="x")
+    before = host.volume("a")
+    device = host.devices["a"]
+    others = [device.with_name(f"other{number}.img") for number in range(2)]
+    for path in others:
+        path.write_bytes(bytes(device.stat().st_size))
+    # The harness makes a device's number of the last digits of the inode's.
+    other = next(path for path in others if (path.stat().st_ino - device.stat().st_ino) % 1000)
+    device.rename(device.with_name("old.img"))
+    self_test(host)  # nowhere for a moment: udev makes links anew
+    assert host.volume("a")["suspect"] is None and host.volume("a")["attached"]
+    other.rename(device)
+    with pytest.raises(SuspectError) as lost:
+        host.call("barrier", workload="w", drain="d1")
+    assert lost.value.reason == "lost"
+    assert "leads to device" in host.volume("a")["suspect"]
+    wait(lambda: host.volume("a")["attached"], "the other device to be tracked")
+    after = host.volume("a")
+    assert after["attachment_id"] != before["attachment_id"] and after["suspect"]
+    with pytest.raises(RefusedError) as claim:
+        host.call("claim", workload="w", volume="a", epoch=1, max_bytes=1 << 20, from_offset_bytes=0)
+    assert claim.value.reason == "not_fenced"
 
 
 def _blind_on_a_full_disk(host: Host, room_after: int) -> None:

@@ -375,3 +375,14 @@ def test_the_picture_counts_every_block_once(size: int, marks: list[tuple[int, i
         here = range(cell * per_cell, (cell + 1) * per_cell)
         assert picture.dirty[cell] == len(dirty.intersection(here))
         assert picture.claimed[cell] == len(claimed.intersection(here))
+
+
+@pytest.mark.parametrize("extent", [[GRANULE, (1 << 63) - 1], [(1 << 63) - 1, (1 << 63) - 1], [0, 1 << 62]])
+def test_an_extent_behind_the_end_of_everything_is_clipped(extent: list[int]) -> None:
+    """Its end is more than 64 bits hold; taken for a negative number, it would mark nothing and say that it had."""
+    key = ("w", "b")
+    count = -(-blocks_of(key) // 8)
+    maps = Maps()
+    maps.add(key, SIZES[key], GRANULE, np.zeros(count, dtype=np.uint8), np.zeros(count, dtype=np.uint8), 0.0)
+    maps.mark_extents(key, [extent], 1.0)
+    assert maps.dirty_bytes(key) == max(0, SIZES[key] - extent[0])

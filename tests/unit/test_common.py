@@ -93,6 +93,13 @@ def test_garbage_on_a_socket_is_a_usage_error(data: bytes) -> None:
         rpc.Decoder().feed(data)
 
 
+def test_a_message_of_brackets_is_refused_and_ends_no_daemon() -> None:
+    body = b"[" * 200_000
+    with pytest.raises(errors.UsageError) as refused:
+        rpc.Decoder().feed(len(body).to_bytes(4, "little") + body)
+    assert refused.value.reason == "bad_message"
+
+
 def test_an_error_crosses_the_socket_unchanged(tmp_path: Path) -> None:
     selector = selectors.DefaultSelector()
 

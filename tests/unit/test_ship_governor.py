@@ -81,6 +81,21 @@ def test_rest_when_the_foreground_suffers(slow: float, stalled: float, reason: s
     assert device.governor.factor == 0 and device.governor.reason is None, "it does not forget to go on"
 
 
+def test_totals_that_begin_anew_say_nothing() -> None:
+    """A service that was restarted has a smaller total: taken for relief, everything after it would be suffering."""
+    found = Governor(MIB)
+    now, writes = 100.0, 0
+    rest = found.take(Sample(now, writes, 3600.0, 3600.0))
+    assert rest, "the first window is one without reading"
+    now, writes = now + rest, writes + 100
+    found.take(Sample(now, writes, 0.2, 0.1))
+    for number in range(1, 40):
+        seconds = 0.5
+        now, writes = now + seconds, writes + 200
+        found.take(Sample(now, writes, 0.2 + number * 0.4, 0.1 + number * 0.15))
+        assert found.factor == 0 and found.reason is None
+
+
 def test_reads_are_short_on_a_slow_device() -> None:
     """A read of the shipper must not keep a slow disk for a quarter of a second."""
     slow = Governor(MIB)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from typing import Any
 
@@ -302,6 +303,16 @@ def test_in_step_is_never_said_lightly(facts: verdict.Facts, trend: verdict.Tren
     if state == "in_step":
         assert facts.connected and not facts.suspect and not facts.seeding and trend.caught_up
         assert facts.wanted == "ship" and not facts.sealed and facts.activity is None
+
+
+def test_a_burst_since_the_last_pass_is_not_in_step() -> None:
+    """The next pass may take hours, and what the last one said is no answer to who asks meanwhile."""
+    trend = verdict.Trend()
+    trend.finished(10, 0, 0.1, 2.0, 0)
+    facts = verdict.Facts(connected=True, left_bytes=100 << 30, predicted_seconds=1000.0, limit_seconds=2.0)
+    state, reason = verdict.judge(facts, trend)
+    assert state == "catching_up" and reason is not None and "100" in reason
+    assert verdict.judge(dataclasses.replace(facts, predicted_seconds=1.9), trend) == ("in_step", None)
 
 
 def test_losing_ground_needs_two_passes_and_gives_a_reason() -> None:

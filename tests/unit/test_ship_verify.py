@@ -28,7 +28,7 @@ def _extents(blocks: Blocks) -> list[Extent]:
 
 def _verify(looks: list[Blocks], passes: list[Blocks], room: int) -> verify.Outcome:
     """Verify a volume that differs in these blocks each time it is looked at, and where each pass finds these dirty."""
-    volume = SimpleNamespace(name="data", granule_bytes=GRANULE, size_bytes=SIZE)
+    volume = SimpleNamespace(name="data", granule_bytes=GRANULE, size_bytes=SIZE, writes_in_flight=lambda: 0)
     session: Any = SimpleNamespace(volumes=[volume], settle=lambda: None, barrier=lambda: None)
     differing, dirty = iter(looks), iter(passes)
 
@@ -49,6 +49,7 @@ def _verify(looks: list[Blocks], passes: list[Blocks], room: int) -> verify.Outc
         patch.setattr(verify, "_compare", compare)
         patch.setattr(verify, "run_pass", run_pass)
         patch.setattr(verify, "MAX_EXTENTS", room)
+        patch.setattr(verify, "LATE_SECONDS", 0.0)
         return verify.verify(session, Pacer(0), lambda: False, lambda count: None)
 
 

@@ -250,6 +250,7 @@ class Attacher:
         record.map_id, record.boot_id = bitmap.map_id, blockdev.boot_id()
         if not same:
             record.attachment, record.attached_at = f"{entry.attachment_id:016x}", time.time()
+            record.blind = None
         record.save()
         unsaved.forget(key)
         item = Tracked(
@@ -264,6 +265,7 @@ class Attacher:
             entry.sectors,
             Witness(at_completion=not entry.bio_based, certain=not (entry.bio_based or entry.partition)),
         )
+        item.witness.blind = record.blind or ""
         # Only now is a volume that was tracked under this key given up: any failure before leaves it as it was.
         self.tracker.forget(key)
         self.tracker.put(item)

@@ -279,8 +279,12 @@ class Daemon:
     def attach(self, settings: Config, volume: str, mode: str) -> BmigrateError | None:
         """Attach one volume; an error is logged when it is new, kept, and returned."""
         key = (settings.workload, volume)
+        current = self.tracker.volumes.get(key)
         try:
-            self.attacher.attach(settings, volume, mode)
+            item = self.attacher.attach(settings, volume, mode)
+            if current is not None and item.attachment_id != current.attachment_id:
+                # The session knows the old one: its size, and where it leads.
+                self.leases.forget(settings.workload)
         except (BmigrateError, OSError) as exc:
             error = as_refusal(exc, volume)
             before = self.problems.get(key)

@@ -198,9 +198,12 @@ class Maps:
     def mark_extents(self, key: Key, extents: list[list[int]], now: float) -> None:
         """Make byte ranges of one volume dirty, widened to whole granules and clipped to the volume."""
         volume = self.volumes[key]
-        ranges = np.array(extents, dtype=np.int64).reshape(-1, 2)
-        starts = np.clip(ranges[:, 0] // volume.granule_bytes, 0, volume.blocks)
-        ends = np.clip(-(-(ranges[:, 0] + ranges[:, 1]) // volume.granule_bytes), 0, volume.blocks)
+        # Clipped before anything is added to it: a sum may be more than an array of int64 holds.
+        size = volume.blocks * volume.granule_bytes
+        clipped = [(min(offset, size), min(offset + length, size)) for offset, length in extents]
+        ranges = np.array(clipped, dtype=np.int64).reshape(-1, 2)
+        starts = ranges[:, 0] // volume.granule_bytes
+        ends = -(-ranges[:, 1] // volume.granule_bytes)
         base = volume.base * 8
         self.mark(starts + base, ends + base, now)
 

@@ -33,6 +33,7 @@ class Track:
         attachment: the kernel's random id in hexadecimal; None once detached in good order.
         suspect: {reason, at} or None.
         suspicions: counts every suspicion ever, so that a resync sees one raised meanwhile.
+        blind: why the tracker was found blind in this attachment, or None; over with the attachment only.
         highest_epoch: no fence of that epoch or an older one is accepted.
     """
 
@@ -47,6 +48,7 @@ class Track:
     attached_at: float | None = None
     suspect: dict[str, Any] | None = None
     suspicions: int = 0
+    blind: str | None = None
     highest_epoch: int = 0
     seed_count: int = 0
     resync_count: int = 0

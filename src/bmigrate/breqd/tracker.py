@@ -276,6 +276,10 @@ class Tracker:
         """Is it still the same device, and is what the kernel counts for it recorded? If not, it is a suspicion."""
         if item.lost or item.closing:
             return
+        elsewhere = self._elsewhere(item)
+        if elsewhere:
+            self._lose(item, elsewhere)
+            return
         extent = blockdev.extent_of_number(item.number)
         events = moved(item, extent)
         if extent is None:
@@ -302,9 +306,24 @@ class Tracker:
         if item.witness.blind and before != "blind":
             text = f"volume {item.key[0]}/{item.key[1]}: THE TRACKER IS BLIND: {item.witness.blind}"
             log.event(LOG, logging.CRITICAL, "blind", text, item.key[0], volume=item.key[1])
+            item.record.blind = item.witness.blind
             self._raise(item, f"the tracker is blind: {item.witness.blind}")
         elif item.witness.state != before:
             LOG.info("volume %s/%s: self test: %s", *item.key, item.witness.state)
+
+    def _elsewhere(self, item: Tracked) -> str:
+        """Whether the volume's path has become that of another device, in words; empty: no.
+
+        Whoever opens the path now writes there, unrecorded. A path that leads nowhere for a moment is none: udev makes
+        links anew, and what has the device open goes on.
+        """
+        try:
+            number = blockdev.device_number(item.device)
+        except (BmigrateError, OSError):
+            return ""
+        if number == item.number:
+            return ""
+        return f"{item.device} leads to device {os.major(number)}:{os.minor(number)} now"
 
     def require_sight(self, item: Tracked) -> None:
         """Refuse unless all that the kernel counted so far was recorded; called when nothing is under way.
@@ -334,8 +353,18 @@ class Tracker:
 
         Returns: the id for ``resync_end``, and whether it is that one still: no suspicion came up since it began, so
             what is clean now was proved by it. False: everything has to be compared.
+
+        Raises:
+            SuspectError: reason ``blind``: what is compared now may be written to unseen a moment later.
         """
         item = self.get(key)
+        if item.witness.blind:
+            raise SuspectError(
+                f"a comparison proves nothing: {item.suspect}",
+                volume=key[1],
+                hint="install or reload the module, and have the volume attached anew; see docs/kernel.md",
+                reason="blind",
+            )
         if resume is not None and item.resync == (resume, item.record.suspicions) and not item.lost:
             return resume, True
         item.resync = (os.urandom(8).hex(), item.record.suspicions)

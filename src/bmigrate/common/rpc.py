@@ -70,7 +70,7 @@ class Decoder:
             del self._buffer[: 4 + length]
             try:
                 message = json.loads(body)
-            except ValueError as exc:
+            except (ValueError, RecursionError) as exc:
                 raise UsageError(f"message is not JSON: {exc}", reason="bad_message") from exc
             if not isinstance(message, dict):
                 raise UsageError("message is not a JSON object", reason="bad_message")

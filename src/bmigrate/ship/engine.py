@@ -43,6 +43,8 @@ from bmigrate.ship.wanted import Wanted
 IN_STEP_INTERVAL_SECONDS = 0.3
 """Rest between two passes that found little: small writes gather meanwhile and cost less."""
 IDLE_INTERVAL_SECONDS = 1.0
+#: A session that lasted so long was a good one: the next attempt comes soon.
+STEADY_SECONDS = 60.0
 """Rest after a look that found nothing: the most that a first write waits to be seen."""
 _log = logging.getLogger("ship")
 
@@ -257,11 +259,11 @@ class Engine(threading.Thread):
         peer = self.config.peer.name
         text = f"workload {self.config.workload}: session of epoch {session.epoch} with {peer}"
         log.event(_log, logging.INFO, "session", text, self.config.workload, peer=peer, epoch=session.epoch)
-        self._attempt = 0
         self.last_error = None
         self._nothing_known()
         session.on_durable = self.totals.durable
         self.session = session
+        opened = time.monotonic()
         farewell = False
         try:
             self._serve(session)
@@ -269,7 +271,8 @@ class Engine(threading.Thread):
         except (BmigrateError, OSError) as exc:
             # what a thread of the session saw first explains more than what followed from it
             self._note(session.failure or exc)
-            self._attempt += 1
+            # One that opens, and fails at the same place again, is tried less and less often.
+            self._attempt = 1 if time.monotonic() - opened > STEADY_SECONDS else self._attempt + 1
         finally:
             self.session = None
             self.activity = None
@@ -340,6 +343,7 @@ class Engine(threading.Thread):
 
     def _passed(self, result: PassResult, before: Snapshot, after: Snapshot) -> None:
         """A pass is complete and durable: what does it say?"""
+        self._attempt = 0
         self._limiter = result.limiter
         fresh = {name: item.seed_count for name, item in before.volumes.items()}
         if any(self.record.seeded.get(name) != count for name, count in fresh.items()):
@@ -403,9 +407,13 @@ class Engine(threading.Thread):
     def _resync(self, session: Session, snapshot: Snapshot) -> bool:
         """Compare the suspect volumes; returns whether there were any."""
         reasons = {**session.standby_suspects, **snapshot.suspects}
-        volumes = [volume for volume in session.volumes if volume.name in reasons]
+        # Of one whose tracker is blind a comparison would prove nothing: it stays suspect, and what is known to be
+        # dirty is shipped all the same.
+        tracked = snapshot.volumes
+        volumes = [item for item in session.volumes if item.name in reasons and not tracked[item.name].blind]
         if not volumes:
             return False
+        reasons = {volume.name: reasons[volume.name] for volume in volumes}
         for name, reason in sorted(reasons.items()):
             _log.warning("workload %s: volume %s is compared by checksum: %s", self.config.workload, name, reason)
         self.activity = "resyncing"
@@ -443,6 +451,7 @@ class Engine(threading.Thread):
         resume = self.record.resyncs.get(name)
         Resync(session, self.pacer, volume, self._interrupted, compared, already, resume, begun).run()
         self._keep_resync(name, None)
+        self._attempt = 0
 
     def _keep_resync(self, volume: str, identifier: str | None) -> None:
         """Remember a resync under way, also over a kill of this daemon; None: it is done.

@@ -113,9 +113,13 @@ class Governor:
         seconds = end.now - start.now
         writes = end.writes - start.writes
         latency = (end.write_seconds - start.write_seconds) / writes if writes >= MIN_WRITES else None
+        if latency is not None and latency < 0:
+            latency = None
         pressure = None
         if seconds > 0 and start.stalled_seconds is not None and end.stalled_seconds is not None:
-            pressure = min(1.0, (end.stalled_seconds - start.stalled_seconds) / seconds)
+            pressure = (end.stalled_seconds - start.stalled_seconds) / seconds
+            # Totals that fall are those of a service that was started anew: this window says nothing.
+            pressure = min(1.0, pressure) if pressure >= 0 else None
         if resting:
             self._latency = _smoothed(self._latency, latency)
             self._pressure = _smoothed(self._pressure, pressure)

@@ -57,6 +57,7 @@ def open_source(config: Config, name: str, snapshot: Snapshot) -> SourceVolume:
             hint=f"devices with blocks of up to {blockdev.LARGEST_BLOCK_BYTES} bytes are supported",
             reason="logical_block_size",
         )
+    source.attachment_id = tracked.attachment_id
     return source
 
 

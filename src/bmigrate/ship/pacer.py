@@ -67,6 +67,10 @@ class Pacer:
         self.began = time.monotonic()
         self.enter()
 
+    def end(self) -> None:
+        """The walk is over, however it ended."""
+        self.began = None
+
     def enter(self) -> None:
         """Set the I/O class of the calling thread as it must be now; to be called by who reads, before each claim."""
         hurried = self.urgent.is_set() or self.losing

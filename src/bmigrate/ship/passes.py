@@ -243,10 +243,24 @@ def run_pass(
     Raises:
         BmigrateError: the session is over, or what ``interrupted`` raised.
     """
+    pacer.begin()
+    try:
+        return _walked(session, pacer, interrupted, ledger, observer, left_bytes)
+    finally:
+        pacer.end()
+
+
+def _walked(
+    session: Session,
+    pacer: Pacer,
+    interrupted: Callable[[], bool],
+    ledger: Ledger | None,
+    observer: Observer | None,
+    left_bytes: int,
+) -> PassResult:
     result = PassResult()
     began = time.monotonic()
     waited = session.standby_wait_seconds
-    pacer.begin()
     walk = Walk(session, interrupted, observer)
     lanes = session.lanes[: max(1, left_bytes // LANE_BYTES)]
     carriers = [_Carrier(session, pacer, walk, ledger, lane) for lane in lanes]
@@ -272,5 +286,4 @@ def run_pass(
     result.seconds = time.monotonic() - began
     pacer.charge("standby", session.standby_wait_seconds - waited)
     result.limiter = pacer.limiter(result.seconds)
-    pacer.began = None
     return result

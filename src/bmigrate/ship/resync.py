@@ -96,14 +96,23 @@ class Resync:
             RefusedError: reason ``interrupted``.
             BmigrateError: the session is over.
         """
-        session, name = self._session, self._volume.name
         self._pacer.begin()
+        try:
+            self._run()
+        finally:
+            self._pacer.end()
+
+    def _run(self) -> None:
+        session, name = self._session, self._volume.name
         # What an earlier claim of this session has under way must be durable before the same blocks are
         # claimed and compared: breqd hands out no block twice, and the walk below must not miss one.
         session.settle()
         resume = None if name in session.standby_suspects else self._resume
         resync_id, resumed = session.breqd(lambda tracker: tracker.resync_begin(name, resume))
         self._begun(resync_id)
+        # The id is of the attachment that breqd has now, and is good for nothing once there is another. It must be the
+        # one of which this session knows path and size.
+        session.snapshot()
         size = self._volume.size_bytes
         if resumed:
             session.mark(name, [(0, min(self._volume.granule_bytes, size))], "resync, continued")

@@ -471,11 +471,25 @@ class Session:
         """breqd's view of the workload.
 
         Raises:
-            RefusedError: breqd is another one than when the session began.
+            RefusedError: breqd is another one than when the session began, or a volume was attached anew meanwhile
+                (resized, or replaced): this session knows the old one and its size, and can prove nothing of the new.
         """
         snapshot = self.breqd(lambda tracker: tracker.status())
         if snapshot.incarnation != self.incarnation:
             raise self.tracker.restarted()
+        for volume in self.volumes:
+            tracked = snapshot.volumes.get(volume.name)
+            if tracked is None or (tracked.attachment_id, tracked.size_bytes) == (
+                volume.attachment_id,
+                volume.size_bytes,
+            ):
+                continue
+            raise RefusedError(
+                f"{volume.path} was attached anew during the session, with {tracked.size_bytes} bytes",
+                volume=volume.name,
+                hint="a new session begins by itself; the volume is compared as a whole",
+                reason="attached_anew",
+            )
         return snapshot
 
     def barrier(self, drain: str | None = None) -> dict[str, int]:

@@ -32,6 +32,8 @@ class SourceVolume:
         self.path = path
         self.granule_bytes = granule_bytes
         self.index = -1
+        #: breqd's, as of the opening of the session.
+        self.attachment_id = ""
         try:
             self.fd = blockdev.open_direct(path)
         except OSError as exc:
@@ -68,6 +70,10 @@ class SourceVolume:
             blockdev.read_exactly(self.fd, view, offset)
         except OSError as exc:
             raise self._failed(offset, len(view), exc) from exc
+
+    def writes_in_flight(self) -> int:
+        """How many writes to the device have begun and not ended, as the kernel counts them."""
+        return blockdev.writes_in_flight(self.number) if self.number else 0
 
     def _failed(self, offset: int, length: int, exc: OSError) -> RefusedError:
         return RefusedError(

@@ -36,6 +36,7 @@ class Tracked:
     seed_count: int
     highest_epoch: int
     discarded_bytes: int = 0
+    blind: bool = False
 
     @property
     def left_bytes(self) -> int:
@@ -104,6 +105,7 @@ def snapshots(answer: dict[str, Any]) -> dict[str, Snapshot]:
             seed_count=int(item.get("seed_count") or 0),
             highest_epoch=int(item.get("highest_epoch") or 0),
             discarded_bytes=int(item.get("discarded_bytes") or 0),
+            blind=(item.get("self_test") or {}).get("state") == "blind",
         )
     return {name: Snapshot(str(answer["incarnation"]), volumes) for name, volumes in grouped.items()}
 

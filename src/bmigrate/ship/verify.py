@@ -15,6 +15,7 @@ are more, it compares no further, and says that what it found is not all (``comp
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Callable
 
@@ -27,6 +28,11 @@ from bmigrate.ship.session import Session
 from bmigrate.ship.source import READ_BYTES, SourceVolume
 
 ROUNDS = 3
+#: A round waits until the device has been seen without a write under way, but no longer than this: one that never rests
+#: still ends what was under way when the round began, unless a write takes ROUNDS times as long.
+REST_SECONDS = 5.0
+#: A bio is counted out shortly before it is recorded.
+LATE_SECONDS = 0.01
 MAX_ROUNDS = 12
 MAX_LISTED = 256
 MAX_EXTENTS = 1 << 17
@@ -77,9 +83,18 @@ def verify(session: Session, pacer: Pacer, interrupted: Callable[[], bool], prog
         RefusedError: reason ``interrupted``.
         BmigrateError: the session is over.
     """
+    pacer.begin()
+    try:
+        return _verify(session, pacer, interrupted, progress)
+    finally:
+        pacer.end()
+
+
+def _verify(
+    session: Session, pacer: Pacer, interrupted: Callable[[], bool], progress: Callable[[int], None]
+) -> Outcome:
     outcome = Outcome()
     candidates: dict[str, Votes] = {}
-    pacer.begin()
 
     def counted(count: int) -> None:
         outcome.compared_bytes += count
@@ -130,6 +145,9 @@ def _round(
             found = _compare(session, pacer, volume, extents, interrupted, lambda count: None, room)
             complete &= found.complete
             remaining[volume.name] = found.extents
+    for volume in session.volumes:
+        if volume.name in candidates:
+            _until_written(session, volume, interrupted)
     session.barrier()
     dirty: dict[str, list[Extent]] = {}
     granule = {volume.name: volume.granule_bytes for volume in session.volumes}
@@ -162,6 +180,21 @@ def _round(
             del votes[number][room:]
             room -= len(votes[number])
     return after, complete
+
+
+def _until_written(session: Session, volume: SourceVolume, interrupted: Callable[[], bool]) -> None:
+    """Wait until what was on the medium when it was read is also recorded.
+
+    A write is recorded when it is complete, and a large one may be on the medium in part long before: three quick
+    rounds would all fall into it, and it explain none of them.
+    """
+    deadline = time.monotonic() + REST_SECONDS
+    while volume.writes_in_flight() and time.monotonic() < deadline:
+        if interrupted():
+            raise _interrupted()
+        session.check()
+        time.sleep(0.005)
+    time.sleep(LATE_SECONDS)
 
 
 def _coarse(extents: list[Extent]) -> list[Extent]:
