@@ -156,8 +156,9 @@ def judge(facts: Facts, trend: Trend) -> tuple[str, str | None]:
     if trend.unhelpful >= 2:
         return "losing_ground", _losing(facts)
     if trend.caught_up:
-        if (facts.predicted_seconds or 0.0) > facts.limit_seconds:
-            # Since the last pass: a burst of writes, and the next pass may take long.
+        if facts.ship_rate and facts.left_bytes > facts.limit_seconds * facts.ship_rate:
+            # A burst of writes, and the next pass may take long. Not the prediction, of which the answers of a slow
+            # link may be the most: every single write would end what is in step.
             return "catching_up", f"{human_bytes(facts.left_bytes)} were written since the last pass"
         return "in_step", None
     return "catching_up", trimmed(trend.trimmed_bytes) if trend.trimmed_bytes else None
