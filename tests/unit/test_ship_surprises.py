@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the shipper does when something changes under it: a volume grows, the tracker is blind, a failure repeats itself."""
+"""What the shipper does when something changes under it: a volume grows, the tracker is blind, failures repeat."""
 
 from __future__ import annotations
 
