@@ -597,6 +597,23 @@ def test_a_foreign_write_while_a_demoted_source_waits_is_noticed(host: StandbyHo
     assert sender.welcome is not None and sender.welcome.volumes[0].suspect
 
 
+def test_a_release_that_cannot_be_noted_lets_nothing_go(tmp_path: Path) -> None:
+    """On a full disk: what is held stays held and known, and the same call succeeds later."""
+    host = StandbyHost(tmp_path)
+    try:
+        host.role("primary")
+        host.start(BMIGRATE_FAULTS="hold.save=error:28@2")
+        host.call("hold", workload="wl")
+        with pytest.raises(BmigrateError):
+            host.call("release", workload="wl")
+        assert host.status()["held"] and list(host.record()["volumes"]) == ["data"]
+        assert host.call("fence", workload="wl")["volumes"]["data"]["held"]
+        host.call("release", workload="wl")
+        assert not host.status()["held"]
+    finally:
+        host.close()
+
+
 def test_a_stored_descriptor_that_no_role_needs_is_let_go(host: StandbyHost) -> None:
     host.kill_hold()
     host.role("primary")

@@ -12,6 +12,7 @@ nothing here blocks on a dying process.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import select
@@ -162,10 +163,14 @@ class Workload:
             )
 
         def release() -> None:
-            self.record.volumes.clear()
-            self.record.sealed = None
             self._note_session_closed()
-            record.save(self.record)
+            before = self.record
+            self.record = dataclasses.replace(before, volumes={}, sealed=None)
+            try:
+                record.save(self.record)
+            except BaseException:
+                self.record = before  # what is held stays held, and known
+                raise
             for device in self.held.values():
                 device.release()
             self.held.clear()
