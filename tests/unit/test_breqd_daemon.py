@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -525,6 +526,23 @@ def test_a_blind_tracker_says_so_and_is_never_in_step(host: Host) -> None:
     host.call("attach", workload="w", volume="a", mode="resume")
     assert host.volume("a")["self_test"]["state"] == "unproven"
     host.call("resync_begin", workload="w", volume="a")
+
+
+def test_another_path_of_the_same_device_is_the_one_that_counts(host: Host) -> None:
+    """The configuration names the device otherwise: nothing begins anew, and the old name is nobody's."""
+    host.start()
+    before = host.volume("a")
+    old, new = host.devices["a"], host.devices["a"].with_name("renamed.img")
+    config = host.root / "etc" / "w.yml"
+    old.rename(new)
+    config.write_text(config.read_text().replace(str(old), str(new)))
+    assert host.process is not None
+    host.process.send_signal(signal.SIGHUP)
+    wait(lambda: host.volume("a")["device"] == str(new), "the other path")
+    old.write_bytes(bytes(new.stat().st_size))
+    self_test(host)
+    after = host.volume("a")
+    assert (after["attachment_id"], after["suspect"]) == (before["attachment_id"], before["suspect"])
 
 
 def test_a_path_that_has_become_another_devices_is_noticed(host: Host) -> None:

@@ -365,6 +365,63 @@ def test_a_volume_that_was_taken_out_of_the_configuration_is_not_forgotten(tmp_p
         host.close()
 
 
+def test_nor_is_one_that_was_taken_out_while_hold_was_stopped(tmp_path: Path) -> None:
+    """The stop was orderly, and its closing note would be believed after the next boot."""
+    host = StandbyHost(tmp_path, {"data": 8 * MIB, "extra": MIB})
+    try:
+        host.start(EDGE_BOOT_ID="a")
+        both = host.config_file.read_text()
+        host.stop_hold()
+        assert host.record()["volumes"]["extra"]["closed"]
+        host.configure("".join(line for line in both.splitlines(True) if "extra" not in line))
+        host.start(EDGE_BOOT_ID="a")
+        host.stop_hold()
+        host.manager.forget()
+        host.configure(both)
+        host.start(EDGE_BOOT_ID="b")
+        assert host.status("data")["suspect"] is None and "did not name it" in host.status("extra")["suspect"]
+    finally:
+        host.close()
+
+
+def test_a_full_disk_at_boot_keeps_nothing_from_being_held(tmp_path: Path) -> None:
+    host = StandbyHost(tmp_path, {"one": MIB, "two": MIB})
+    try:
+        host.start(EDGE_BOOT_ID="a")
+        host.stop_hold()
+        host.manager.forget()
+        host.start(EDGE_BOOT_ID="b", BMIGRATE_FAULTS="hold.save=error:28@1,hold.save=error:28@2")
+        assert host.status("one")["held"] and host.status("two")["held"]
+    finally:
+        host.close()
+
+
+def test_a_fence_that_cannot_be_noted_ends_no_daemon(tmp_path: Path) -> None:
+    """Neither when it is asked for nor when who asked goes away; and nothing is sealed by it."""
+    host = StandbyHost(tmp_path)
+    try:
+        # The first save is that of the volume being taken.
+        host.start(BMIGRATE_FAULTS="hold.save=error:28@2")
+        with host.client() as fencer, pytest.raises(BmigrateError):
+            fencer.call("fence", workload="wl")
+        assert not host.status()["sealed"]
+        host.session()
+    finally:
+        host.close()
+
+
+def test_a_seal_whose_end_cannot_be_noted_ends_later(tmp_path: Path) -> None:
+    host = StandbyHost(tmp_path)
+    try:
+        host.start(BMIGRATE_FAULTS="hold.save=error:28@3")
+        with host.client() as fencer:
+            fencer.call("fence", workload="wl")
+        wait(lambda: not host.status()["sealed"], "the end of the seal")
+        host.session()
+    finally:
+        host.close()
+
+
 def test_a_grant_that_failed_lets_nobody_write(host: StandbyHost) -> None:
     """No receiver could be put on file: what is written from then on is nobody's of ours."""
     first = host.session()

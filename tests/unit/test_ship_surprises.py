@@ -135,3 +135,31 @@ def test_a_write_that_is_slow_to_complete_is_no_difference(world: World, monkeyp
     monkeypatch.setattr(source.SourceVolume, "writes_in_flight", in_flight)
     found = world.job(engine, "verify")
     assert len(looks) >= 3 and found["different_blocks"] == [] and found["complete"]
+
+
+def test_a_path_that_leads_to_another_device_than_the_tracked_one_opens_no_session(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a moment only, while a session was opened: its descriptor would stay with the other device."""
+    opened = source.SourceVolume.__init__
+    status = world.breqd._op_status
+    number = 7 << 8 | 1
+
+    def tracked(request: dict[str, Any]) -> dict[str, Any]:
+        answer = status(request)
+        answer["volumes"][0]["number"] = 7 << 8
+        return answer
+
+    def init(self: source.SourceVolume, *arguments: Any) -> None:
+        opened(self, *arguments)
+        self.number = number
+
+    monkeypatch.setattr(world.breqd, "_op_status", tracked)
+    monkeypatch.setattr(source.SourceVolume, "__init__", init)
+    engine = world.engine()
+    wait(lambda: engine.last_error is not None, "the refusal")
+    assert engine.last_error is not None and engine.last_error.reason == "device_changed"
+    assert "7:1" in str(engine.last_error) and "7:0" in str(engine.last_error)
+    number = 7 << 8
+    monkeypatch.setattr(source.SourceVolume, "writes_in_flight", lambda self: 0)
+    world.until(engine, "in_step")

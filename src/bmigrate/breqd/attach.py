@@ -95,6 +95,9 @@ class Attacher:
             self.tracker.give_up(current, entry)
             current = entry = None
         if current and mode == "resume":
+            if current.device != device:  # another path of the same device: the one that others open from now on
+                current.device = current.record.device = device
+                current.record.save()
             return current
         if mode == "promote":
             self.tracker.require_held(key, trusted=True)

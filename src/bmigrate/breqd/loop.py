@@ -260,7 +260,8 @@ class Daemon:
             for volume in settings.volumes:
                 key = (name, volume.name)
                 current = self.tracker.volumes.get(key)
-                if key in self.released or (current is not None and not current.lost):
+                same = current is not None and current.device == volume.devices.get(settings.host)
+                if key in self.released or (current is not None and same and not current.lost):
                     continue
                 self.attach(settings, volume.name, "resume")
 

@@ -165,6 +165,7 @@ class Requests:
             "workload": key[0],
             "volume": key[1],
             "device": item.device,
+            "number": item.number,
             "bitmap": str(item.bitmap.path),
             "size_bytes": volume.size_bytes,
             "granule_bytes": volume.granule_bytes,

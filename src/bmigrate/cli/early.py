@@ -17,7 +17,8 @@ from bmigrate.common.errors import RefusedError
 DESCRIPTION = """\
 Run by bmigrate-early.service, before any volume can be mounted. Moves each durable clean flag into
 /run, with the id of this boot: a boot that then writes without tracking (no module, no daemon)
-cannot be taken for a clean one by the next.
+cannot be taken for a clean one by the next. The closing notes of replicas are stamped with the id of this
+boot for the same reason: they are believed in no later one.
 """
 
 
@@ -36,8 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
         taken = early.retire_all()
     except OSError as exc:
         raise RefusedError(
-            f"a clean flag cannot be taken away: {exc}",
-            hint="no workload is started while it is there; remove /var/lib/bmigrate/*/*.clean by hand",
+            f"what an earlier boot vouched for cannot be taken away: {exc}",
+            hint="make room under /var/lib/bmigrate and run 'bmigrate early' again; no workload is started while a "
+            "clean flag (/var/lib/bmigrate/*/*.clean) is there, which may also be removed by hand",
             reason="os_error",
         ) from exc
     text = "; ".join(f"{item['workload']}/{item['volume']}" for item in taken) or "no clean flag"

@@ -35,12 +35,16 @@ def retire_all() -> list[dict[str, Any]]:
     for flag in sorted(paths.state().glob("*/*" + SUFFIX)):
         retire(flag, boot_id)
         moved.append({"workload": flag.parent.name, "volume": flag.name[: -len(SUFFIX)]})
+    failed: OSError | None = None
     for path in sorted(paths.state().glob("*/" + record.FILE)):
         try:
-            known = record.load(path.parent.name)
+            record.meet_boot(record.load(path.parent.name), boot_id)
         except DefectError:
             continue  # nobody believes a damaged one, and hold says so
-        record.meet_boot(known, boot_id)
+        except OSError as error:  # the others first
+            failed = failed or OSError(error.errno, f"{error.strerror}: {path}")
+    if failed is not None:
+        raise failed
     return moved
 
 

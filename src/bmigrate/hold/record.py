@@ -92,7 +92,7 @@ def load(workload: str) -> Record:
             {name: VolumeRecord(**item) for name, item in fields["volumes"].items()},
             fields.get("written"),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DefectError(
             f"{path} has a form that this version does not know: {error}",
             reason="damaged",

@@ -117,6 +117,7 @@ class Service:
         """Follow the roles; called now and then and after every change."""
         for workload in self.workloads.values():
             try:
+                workload.unseal()
                 workload.follow_role()
             except (BmigrateError, OSError) as error:  # a damaged or full disk: what is held stays held
                 log.error("workload %s: its role cannot be followed: %s", workload.name, error)

@@ -72,6 +72,7 @@ class Workload:
             BmigrateError, OSError: try again with another object, after ``receivers.forget()``.
         """
         self.receivers.recover()
+        self._distrust_unconfigured()
         keep = self._must_be_held()
         given = bool(stored)
         for name, fd in list(stored.items()):
@@ -107,7 +108,10 @@ class Workload:
     def follow_role(self) -> None:
         """Hold what the durable role says is a standby's, and tell udev; a failure is noted and tried again later."""
         role = self._state_role()
-        record.meet_boot(self.record, self._boot_id)
+        try:
+            record.meet_boot(self.record, self._boot_id)
+        except OSError as error:  # tried again with every tick; to hold the devices is the better half
+            log.error("workload %s: this boot cannot be put on record: %s", self.name, error)
         self._drop_unconfigured()
         if role == "standby":
             now = time.monotonic()
@@ -235,7 +239,10 @@ class Workload:
 
         def closed() -> None:
             self._fencing.remove(connection)
-            self.unseal()
+            try:
+                self.unseal()
+            except (BmigrateError, OSError) as error:  # the next tick tries again
+                log.error("workload %s stays sealed: %s", self.name, error)
 
         connection.on_close.append(closed)
 
@@ -243,6 +250,7 @@ class Workload:
             if answer.unwanted:
                 return
             self._sample()
+            before = self.record.sealed
             self.record.epoch += 1
             self.record.sealed = {
                 "epoch": self.record.epoch,
@@ -250,7 +258,11 @@ class Workload:
                 "hold_ids": {name: item.hold_id for name, item in self.held.items()},
             }
             self._note_session_closed()
-            record.save(self.record)
+            try:
+                record.save(self.record)
+            except BaseException:
+                self.record.sealed = before
+                raise
             answer.reply(
                 {"epoch": self.record.epoch, "volumes": {item["volume"]: item for item in self.status_volumes()}}
             )
@@ -379,21 +391,13 @@ class Workload:
 
         if not unwanted():
             return
+        self._distrust_unconfigured()
 
         def drop() -> None:
             for name, device in unwanted():  # by now: it may be configured again
                 log.info(
                     "workload %s: volume %s: %s is let go, it is no longer configured", self.name, name, device.path
                 )
-                # What was known of the replica stays known: the source may still believe it, and anybody may write now.
-                known = self.record.volumes[name]
-                if all(item.name != name for item in self.config.volumes):
-                    known.suspect = known.suspect or "it was not held for some time: the configuration did not name it"
-                try:
-                    record.save(self.record)
-                except OSError as error:
-                    log.error("workload %s: volume %s stays held: %s", self.name, name, error)
-                    return  # the next tick tries again
                 device.release()
                 del self.held[name]
                 self._udev.tell(name, device.path, False)
@@ -401,7 +405,28 @@ class Workload:
         if not self._waiting:
             self.when_quiet(drop)
 
+    def _distrust_unconfigured(self) -> None:
+        """What was known of a replica stays known when the configuration does not name it any more, and is suspect.
+
+        The source may still believe it, and anybody may write to it from then on.
+
+        Raises:
+            OSError: it is not durable, and nothing has changed: the device stays held.
+        """
+        names = {item.name for item in self.config.volumes}
+        new = [item for name, item in self.record.volumes.items() if name not in names and item.suspect is None]
+        for item in new:
+            item.suspect = "it was not held for some time: the configuration did not name it"
+        try:
+            if new:
+                record.save(self.record)
+        except BaseException:
+            for item in new:
+                item.suspect = None
+            raise
+
     def _take_missing(self) -> None:
+        before = len(self.held)
         for item in self.config.volumes:
             if item.name in self.held:
                 continue
@@ -434,7 +459,7 @@ class Workload:
                         hint="look at the kernel log of this host (dmesg)",
                     )
                 )
-                continue
+        if len(self.held) > before:  # after the last one: a full disk keeps none from being held
             record.save(self.record)
 
     def _judge(self, device: HeldDevice) -> None:

@@ -8,6 +8,7 @@ word; what it answers is checked before anything is believed.
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 from bmigrate.common import blockdev, errors
@@ -29,7 +30,8 @@ def open_source(config: Config, name: str, snapshot: Snapshot) -> SourceVolume:
     """Open a volume's device for reading, if breqd tracks just this device.
 
     Raises:
-        RefusedError: reason ``not_attached``, ``device_missing``, ``size_changed`` or ``logical_block_size``.
+        RefusedError: reason ``not_attached``, ``device_missing``, ``device_changed``, ``size_changed`` or
+            ``logical_block_size``.
     """
     tracked = snapshot.volumes.get(name)
     if tracked is None or not tracked.attached:
@@ -40,6 +42,14 @@ def open_source(config: Config, name: str, snapshot: Snapshot) -> SourceVolume:
             reason="not_attached",
         )
     source = SourceVolume(name, config.device(name), tracked.granule_bytes)
+    if source.number and tracked.number and source.number != tracked.number:
+        source.close()
+        raise RefusedError(
+            f"{source.path} leads to device {_name(source.number)}, breqd tracks {_name(tracked.number)}",
+            volume=name,
+            hint="breqd notices by itself, and has the volume compared; what is behind the path is shown by: ls -lL",
+            reason="device_changed",
+        )
     if source.size_bytes != tracked.size_bytes:
         source.close()
         raise RefusedError(
@@ -59,6 +69,10 @@ def open_source(config: Config, name: str, snapshot: Snapshot) -> SourceVolume:
         )
     source.attachment_id = tracked.attachment_id
     return source
+
+
+def _name(number: int) -> str:
+    return f"{os.major(number)}:{os.minor(number)}"
 
 
 def greeting(

@@ -479,10 +479,9 @@ class Session:
             raise self.tracker.restarted()
         for volume in self.volumes:
             tracked = snapshot.volumes.get(volume.name)
-            if tracked is None or (tracked.attachment_id, tracked.size_bytes) == (
-                volume.attachment_id,
-                volume.size_bytes,
-            ):
+            if tracked is None or not tracked.attached:
+                continue  # who works with it refuses that, and knows why
+            if (tracked.attachment_id, tracked.size_bytes) == (volume.attachment_id, volume.size_bytes):
                 continue
             raise RefusedError(
                 f"{volume.path} was attached anew during the session, with {tracked.size_bytes} bytes",

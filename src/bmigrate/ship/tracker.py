@@ -37,6 +37,7 @@ class Tracked:
     highest_epoch: int
     discarded_bytes: int = 0
     blind: bool = False
+    number: int = 0
 
     @property
     def left_bytes(self) -> int:
@@ -105,6 +106,7 @@ def snapshots(answer: dict[str, Any]) -> dict[str, Snapshot]:
             seed_count=int(item.get("seed_count") or 0),
             highest_epoch=int(item.get("highest_epoch") or 0),
             discarded_bytes=int(item.get("discarded_bytes") or 0),
+            number=int(item.get("number") or 0),
             blind=(item.get("self_test") or {}).get("state") == "blind",
         )
     return {name: Snapshot(str(answer["incarnation"]), volumes) for name, volumes in grouped.items()}
