@@ -401,10 +401,12 @@ def test_a_fence_that_cannot_be_noted_ends_no_daemon(tmp_path: Path) -> None:
     host = StandbyHost(tmp_path)
     try:
         # The first save is that of the volume being taken.
-        host.start(BMIGRATE_FAULTS="hold.save=error:28@2")
+        host.start(BMIGRATE_FAULTS="hold.save=error:28@2,hold.save=error:28@3")
         with host.client() as fencer, pytest.raises(BmigrateError):
             fencer.call("fence", workload="wl")
         assert not host.status()["sealed"]
+        with pytest.raises(BmigrateError):  # the disk is full still
+            host.call("hold", workload="wl")
         host.session()
     finally:
         host.close()
