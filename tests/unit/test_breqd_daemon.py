@@ -528,6 +528,19 @@ def test_a_blind_tracker_says_so_and_is_never_in_step(host: Host) -> None:
     host.call("resync_begin", workload="w", volume="a")
 
 
+def test_a_configuration_without_a_device_for_this_host_ends_nothing(host: Host) -> None:
+    """Edited by hand and read again: it cannot be used, and what is tracked goes on."""
+    host.start()
+    before = host.volume("a")
+    config = host.root / "etc" / "w.yml"
+    config.write_text(config.read_text().replace("{a: " + str(host.devices["a"]) + ", ", "{"))
+    assert host.process is not None
+    host.process.send_signal(signal.SIGHUP)
+    wait(lambda: "cannot be used" in Path(str(host.log.name)).read_text(), "the complaint")
+    after = host.volume("a")
+    assert (after["attachment_id"], after["attached"]) == (before["attachment_id"], True)
+
+
 def test_another_path_of_the_same_device_is_the_one_that_counts(host: Host) -> None:
     """The configuration names the device otherwise: nothing begins anew, and the old name is nobody's."""
     host.start()

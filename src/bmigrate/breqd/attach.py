@@ -96,8 +96,13 @@ class Attacher:
             current = entry = None
         if current and mode == "resume":
             if current.device != device:  # another path of the same device: the one that others open from now on
-                current.device = current.record.device = device
-                current.record.save()
+                before, current.record.device = current.record.device, device
+                try:
+                    current.record.save()
+                except OSError:
+                    current.record.device = before  # tried again as long as the two differ
+                    raise
+                current.device = device
             return current
         if mode == "promote":
             self.tracker.require_held(key, trusted=True)

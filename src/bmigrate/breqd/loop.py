@@ -243,7 +243,10 @@ class Daemon:
         self.configs = {}
         for path in sorted(paths.etc().glob("*.yml")):
             try:
-                self.configs[path.stem] = config.load(path.stem, validated=False)
+                loaded = config.load(path.stem, validated=False)
+                for volume in loaded.volumes:
+                    loaded.device(volume.name)  # one without a device on this host is no configuration for it
+                self.configs[path.stem] = loaded
             except (BmigrateError, KeyError, TypeError, ValueError) as exc:
                 LOG.error("configuration %s cannot be used: %s", path, exc)
         self.problems = {key: error for key, error in self.problems.items() if key[0] in self.configs}
@@ -260,7 +263,7 @@ class Daemon:
             for volume in settings.volumes:
                 key = (name, volume.name)
                 current = self.tracker.volumes.get(key)
-                same = current is not None and current.device == volume.devices.get(settings.host)
+                same = current is not None and current.device == settings.device(volume.name)
                 if key in self.released or (current is not None and same and not current.lost):
                     continue
                 self.attach(settings, volume.name, "resume")

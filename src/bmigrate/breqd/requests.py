@@ -254,7 +254,7 @@ class Requests:
         self.tracker.get(key)
         extents = [[int(offset), int(length)] for offset, length in request["extents"]]
         if any(not 0 <= number < 1 << 63 for extent in extents for number in extent):
-            raise UsageError("an extent is negative", volume=key[1], reason="bad_request")
+            raise UsageError("an extent is negative, or does not fit 63 bits", volume=key[1], reason="bad_request")
         self.tracker.maps.mark_extents(key, extents, time.monotonic())
         LOG.info("marked %d extents of %s/%s: %s", len(extents), *key, request.get("reason"))
         return {"dirty_bytes": self.tracker.maps.dirty_bytes(key)}
